@@ -1,0 +1,44 @@
+"""Make a network smaller and faster while PyTorch Lightning trains it."""
+
+from lightning_slim.budgets import Budget, MACs, Units
+from lightning_slim.callbacks import GrangerPrune, Prune
+from lightning_slim.checkpoint import load_from_checkpoint
+from lightning_slim.history import History, PruningEvent
+from lightning_slim.pruner import NoEffectWarning, Pruner
+from lightning_slim.report import Report, report
+from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
+from lightning_slim.scores import Granger, Magnitude, Random, Score, Taylor
+from lightning_slim.surgery import find_groups, migrate, remove_units
+from lightning_slim.units import Plan, UnitGroup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Cubic",
+    "Granger",
+    "GrangerPrune",
+    "History",
+    "Linear",
+    "MACs",
+    "Magnitude",
+    "NoEffectWarning",
+    "OneCycle",
+    "OneShot",
+    "Plan",
+    "Prune",
+    "Pruner",
+    "PruningEvent",
+    "Random",
+    "Report",
+    "Schedule",
+    "Score",
+    "Taylor",
+    "UnitGroup",
+    "Units",
+    "find_groups",
+    "load_from_checkpoint",
+    "migrate",
+    "remove_units",
+    "report",
+]

@@ -1,0 +1,60 @@
+"""Folds removed units into those that stay, before the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lightning_slim.units import Reader, named_tensors
+
+Image = tuple[Float[Tensor, "kept removed"], Float[Tensor, "removed"]]
+
+
+@torch.no_grad()
+def fold(model: nn.Module, reader: Reader, keep: Bool[Tensor, "units"], image: Image) -> Callable[[], None]:
+    """Lets a reader hear the removed units through the kept ones: `removed ~ constant + kept @ weight`.
+
+    With `W` the reader's columns: `W_kept += W_removed weight'` at every kernel position and every position of a unit,
+    and `W_removed constant` goes to the reader's bias, or is taken from the `running_mean` of the batch normalisation
+    behind it. Exact for linearly dependent units; at zero-padded borders the constant is not.
+
+    Args:
+        model: the module to change; the removed columns are left for the cut.
+        reader: where the units are read.
+        keep: which units stay.
+        image: weight and constant, from `least_squares_image`.
+
+    Returns:
+        A function that undoes the fold.
+    """
+    weight, constant = image
+    tensors = named_tensors(model)
+    columns = tensors[reader.span.tensor].movedim(reader.span.axis, 0)  # a view
+    index = reader.span.index.to(columns.device)
+    keep = keep.to(columns.device)
+    gone = columns[index[~keep]]  # removed, width, ...
+    old = columns.clone()
+    share = torch.tensordot(weight.to(columns), gone, dims=1)
+    columns.index_put_((index[keep],), share, accumulate=True)
+    undo = [(columns, old)]
+    if reader.offset is not None:
+        offset = tensors[reader.offset]
+        undo.append((offset, offset.clone()))
+        shift = _summed(torch.tensordot(constant.to(columns), gone, dims=1))
+        offset += -shift if reader.offset.endswith("running_mean") else shift
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, value in undo:
+                tensor.copy_(value)
+
+    return restore
+
+
+def _summed(constant: Tensor) -> Float[Tensor, "outputs"]:
+    """A constant input's effect on each output: summed over a unit's positions (axis 0) and the kernel (axes 2 on)."""
+    constant = constant.sum(0)
+    return constant.flatten(1).sum(1) if constant.ndim > 1 else constant

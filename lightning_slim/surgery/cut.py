@@ -1,0 +1,166 @@
+"""Carries out a plan: every tensor is cut once, all of them or none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.units import UnitGroup, named_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One tensor before and after: what an optimizer, an average or a mask needs to follow it.
+
+    Attributes:
+        tensor: dotted name, as in `state_dict`.
+        old: the tensor before; no longer part of the model.
+        new: the tensor after; it has the same `requires_grad`, Python attributes and hooks, and the kept gradient.
+        keep: axis -> positions that stay, ascending.
+    """
+
+    tensor: str
+    old: Tensor
+    new: Tensor
+    keep: Mapping[int, Int[Tensor, "kept"]]
+
+    def take(self, tensor: Tensor, axes: Iterable[int] | None = None) -> Tensor:
+        """Cuts another tensor of the old shape in the same way (along all cut axes, or only `axes`)."""
+        layout = torch.preserve_format
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            layout = torch.channels_last
+        for axis in self.keep if axes is None else axes:
+            tensor = tensor.index_select(axis, self.keep[axis].to(tensor.device))
+        return tensor.contiguous() if layout is torch.preserve_format else tensor.contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[Cut]:
+    """Cuts the units that a plan does not keep out of a model.
+
+    All new tensors are made before the first is put in place, so that a failure leaves the model as it was. Attributes
+    such as `out_features` follow the shapes. Ties stay ties. The random state is not touched.
+
+    Args:
+        model: the module in which `groups` were found.
+        groups: all groups of the model.
+        plan: group name -> keep mask, one entry a unit; groups that are not named stay whole.
+
+    Returns:
+        One cut for each tensor that changed, for `migrate`.
+
+    Raises:
+        ValueError: a group is not known, or its mask has the wrong length, or keeps nothing.
+    """
+    keep = _positions_kept(model, {group.name: group for group in groups}, plan)
+    cuts = [_prepare(name, tensor, axes) for name, tensor, axes in keep]
+    _replace(model, {id(cut.old): cut.new for cut in cuts})
+    refresh(model, (cut.tensor for cut in cuts))
+    return cuts
+
+
+def restore(model: nn.Module, cuts: Sequence[Cut]) -> None:
+    """Puts the old tensors back: the inverse of `remove_units`."""
+    _replace(model, {id(cut.new): cut.old for cut in cuts})
+    refresh(model, (cut.tensor for cut in cuts))
+
+
+@torch.no_grad()
+def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Gives tensors other shapes, smaller or larger, so that a checkpoint of that shape loads.
+
+    The values are not set (they come from the checkpoint); `requires_grad`, ties and attributes are kept.
+
+    Args:
+        model: the module to change.
+        shapes: tensor name -> shape; tensors that are not named, or have that shape, stay.
+    """
+    tensors = named_tensors(model)
+    changed = {n: t for n, t in tensors.items() if n in shapes and tuple(t.shape) != tuple(shapes[n])}
+    _replace(model, {id(t): _like(t, t.new_zeros(tuple(shapes[n]))) for n, t in changed.items()})
+    refresh(model, changed)
+
+
+def refresh(model: nn.Module, tensors: Iterable[str]) -> None:
+    """Makes the attributes of the layers that own some tensors follow the tensors' shapes."""
+    for layer in {name.rpartition(".")[0]: None for name in tensors}:
+        module = model.get_submodule(layer)
+        kind = layer_kind(module)
+        if kind is not None:
+            kind.refresh(module)
+
+
+def _positions_kept(
+    model: nn.Module, groups: Mapping[str, UnitGroup], plan: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor, dict[int, Tensor]]]:
+    """(name, tensor, axis -> positions that stay) of every tensor that a plan changes; a tied one comes once."""
+    tensors = named_tensors(model)
+    gone: defaultdict[int, defaultdict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    first_name: dict[int, str] = {}
+    for name, mask in plan.items():
+        _check(name, mask, groups)
+        for span in groups[name].spans:
+            if not bool(mask.all()):
+                tensor = tensors[span.tensor]
+                first_name.setdefault(id(tensor), span.tensor)
+                gone[id(tensor)][span.axis].append(span.index[~mask.cpu()].flatten())
+    result = []
+    for key, axes in gone.items():
+        tensor = tensors[first_name[key]]
+        kept = {axis: _others(tensor.shape[axis], torch.cat(positions)) for axis, positions in axes.items()}
+        result.append((first_name[key], tensor, kept))
+    return result
+
+
+def _check(name: str, mask: Tensor, groups: Mapping[str, UnitGroup]) -> None:
+    if name not in groups:
+        raise ValueError(f"Expected a plan for one of {sorted(groups)}, got {name!r}.")
+    size = groups[name].size
+    if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
+        raise ValueError(
+            f"Expected a boolean mask of {size} entries for {name!r}, got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+    if not bool(mask.any()):
+        raise ValueError(f"Expected at least one unit of {name!r} to stay, got none: keep one, or leave it out.")
+
+
+def _others(size: int, gone: Tensor) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[gone] = False
+    return stays.nonzero().flatten()
+
+
+def _prepare(name: str, old: Tensor, keep: dict[int, Tensor]) -> Cut:
+    shell = Cut(name, old, old, keep)
+    new = _like(old, shell.take(old.detach()))
+    if old.grad is not None:
+        new.grad = shell.take(old.grad)
+    return Cut(name, old, new, keep)
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    """`value` as the same kind of tensor as `old`, with its Python attributes and hooks."""
+    if not isinstance(old, nn.Parameter):
+        return value
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    for hook in (old._backward_hooks or {}).values():
+        new.register_hook(hook)  # type: ignore[no-untyped-call]
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return new
+
+
+def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
+    """Puts new tensors in the place of old ones, wherever these are held."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if id(tensor) in new:
+                    held[name] = new[id(tensor)]  # type: ignore[assignment]

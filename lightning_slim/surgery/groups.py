@@ -1,0 +1,196 @@
+"""Turns coupled channels into groups of units: which entries of which tensors each unit owns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_slim.surgery.graph import Channel, Component, Coupling, Example, find_coupling
+from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.units import Reader, Role, Span, UnitGroup, named_tensors
+
+Site = tuple[str, int, Role]  # tensor, axis, role
+
+
+@dataclass
+class Survey:
+    """What can be removed from a network, and what is left whole.
+
+    Attributes:
+        groups: the units.
+        left_whole: layer name -> why its channels stay.
+    """
+
+    groups: list[UnitGroup] = field(default_factory=list)
+    left_whole: dict[str, str] = field(default_factory=dict)
+
+
+def as_example(inputs: Any) -> Example:
+    """The usual forms of example inputs: a tensor, a tuple of arguments, a dict of keyword arguments."""
+    if isinstance(inputs, Example):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return Example((), dict(inputs))
+    return Example(tuple(inputs)) if isinstance(inputs, tuple | list) else Example((inputs,))
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> list[UnitGroup]:
+    """All groups of units that can be removed from a network.
+
+    Channels that reach an output of the network, or that are added to one of its inputs, are not among them.
+
+    Args:
+        model: the network; its weights, modes, `requires_grad` flags and the random state are left as they are.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for one forward pass.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [(group.name, group.size) for group in find_groups(net, torch.randn(2, 4))]
+        [('0', 8)]
+    """
+    return survey(model, example_inputs).groups
+
+
+def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
+    """`find_groups`, and the reasons why the other layers stay whole.
+
+    Args:
+        model: the network to trace.
+        example_inputs: see `find_groups`.
+        prefix: put before every name, where `model` is a submodule of the module that will be cut.
+    """
+    coupling = find_coupling(model, as_example(example_inputs))
+    units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
+    result = Survey()
+    for component in coupling.components:
+        name, reason = _why_not(model, component)
+        if reason:
+            result.left_whole.setdefault(prefix + name, reason)
+        elif name:
+            unit = _Unit.of(model, component, coupling)
+            units[name, unit.form].append(unit)
+    order = {name: i for i, name in enumerate(dict(model.named_modules()))}
+    for name, form in sorted(units, key=lambda key: order[key[0]]):
+        _gather(model, name, units[name, form], prefix, result)
+    return result
+
+
+def _why_not(model: nn.Module, component: Component) -> tuple[str, str]:
+    """The layer that makes a component's channels (empty if none does), and why they must stay (empty if not)."""
+    kinds = {c.owner: layer_kind(model.get_submodule(c.owner)) for c in component.channels if c.axis is None}
+    makers = [c.owner for c in component.channels if c.role == "out" and _makes_channels(model, c)]
+    name = min(makers, key=list(dict(model.named_modules())).index, default="")
+    unknown = next((owner for owner, kind in kinds.items() if kind is None), None)
+    if unknown is not None:
+        return (
+            name,
+            f"it meets {unknown}, and {type(model.get_submodule(unknown)).__name__} is not understood",
+        )
+    if component.fixed:
+        return name, "it reaches an input or an output of the network"
+    return name, ""
+
+
+def _makes_channels(model: nn.Module, channel: Channel) -> bool:
+    """Linear layers, convolutions and embeddings do; normalisations and activations carry them."""
+    if channel.axis is not None:
+        return False
+    module = model.get_submodule(channel.owner)
+    kind = layer_kind(module)
+    return isinstance(module, nn.Embedding) or (kind is not None and kind.channel_axis is not None)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The positions that one unit owns, and the layers that read it."""
+
+    places: dict[Site, list[int]]
+    readers: dict[str, Reader]  # their spans are filled in once the whole group is known
+    order: int
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """Units of one form make a group: the same tensors, with the same number of positions in each."""
+        return tuple(sorted((*site, len(at)) for site, at in self.places.items()))
+
+    @classmethod
+    def of(cls, model: nn.Module, component: Component, coupling: Coupling) -> _Unit:
+        places: defaultdict[Site, set[int]] = defaultdict(set)
+        readers: dict[str, Reader] = {}
+        for channel in component.channels:
+            if channel.axis is not None:
+                places[channel.owner, channel.axis, "out"].add(channel.number)
+                continue
+            module = model.get_submodule(channel.owner)
+            kind = layer_kind(module)
+            assert kind is not None
+            for place in kind.places(module, channel.role):
+                site = (_join(channel.owner, place.tensor), place.axis, channel.role)
+                places[site].add(int(place.index[channel.number]))
+                if channel.role == "in" and kind.channel_axis is not None:
+                    readers[channel.owner] = _reader(model, channel.owner, site, coupling)
+        return cls(
+            {site: sorted(at) for site, at in places.items()},
+            readers,
+            min(c.number for c in component.channels),
+        )
+
+
+def _reader(model: nn.Module, layer: str, site: Site, coupling: Coupling) -> Reader:
+    module, norm = model.get_submodule(layer), coupling.normalised_by.get(layer)
+    offset = None
+    if site[1] == 0:
+        pass  # a transposed convolution spreads a constant unevenly over its outputs: no bias can take it
+    elif getattr(module, "bias", None) is not None:
+        offset = _join(layer, "bias")
+    elif norm is not None and getattr(model.get_submodule(norm), "running_mean", None) is not None:
+        offset = _join(norm, "running_mean")
+    axis = layer_kind(module).channel_axis  # type: ignore[union-attr]
+    chunks = getattr(module, "groups", 1) if site[1] == 1 else 1
+    return Reader(layer, Span(site[0], site[1], torch.empty(0), "in"), axis, chunks, offset)  # type: ignore[arg-type]
+
+
+def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, result: Survey) -> None:
+    """Makes one group of units of one form, or says why not."""
+    members = sorted(members, key=lambda unit: unit.order)
+    index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
+    reason = _half_tied(model, index)
+    if reason or len(members) < 2:
+        result.left_whole.setdefault(prefix + name, reason or "it has one unit only")
+        return
+    spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
+    readers = tuple(
+        replace(
+            reader,
+            layer=prefix + reader.layer,
+            span=spans[reader.span.tensor, reader.span.axis, "in"],
+            offset=prefix + reader.offset if reader.offset else None,
+        )
+        for reader in members[0].readers.values()
+    )
+    taken = sum(group.name.split("#")[0] == prefix + name for group in result.groups)
+    unique = f"{prefix}{name}#{taken + 1}" if taken else prefix + name
+    result.groups.append(UnitGroup(unique, tuple(spans.values()), readers))
+
+
+def _half_tied(model: nn.Module, index: Mapping[Site, Tensor]) -> str:
+    """Why a tied tensor forbids the cut: it would be cut under one of its names and not under another."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for tensor_name, tensor in named_tensors(model).items():
+        names[id(tensor)].append(tensor_name)
+    modules = dict(model.named_modules())  # a shared module is listed once: its tensors are not tied
+    for shared in names.values():
+        shared = [n for n in shared if n.rpartition(".")[0] in modules]
+        cuts = [{(site[1], tuple(at.flatten().tolist())) for site, at in index.items() if site[0] == n} for n in shared]
+        if any(cut != cuts[0] for cut in cuts):
+            return f"it is tied: {' and '.join(shared)} are one tensor, and only one of them would be cut"
+    return ""
+
+
+def _join(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if module else leaf

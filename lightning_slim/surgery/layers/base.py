@@ -1,0 +1,58 @@
+"""What every layer kind tells: which entries of its tensors make a channel, and which read one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from lightning_slim.units import Role
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a layer's channels live in one of its own tensors: `index[c]` is the position of channel `c`."""
+
+    tensor: str
+    axis: int
+    index: Int[Tensor, "channels"]
+
+
+class LayerKind(ABC):
+    """One kind of layer. A new kind is a new file with a subclass; `layer_kind` finds it by its `types`.
+
+    Attributes:
+        types: the module classes it speaks for (and their subclasses).
+        channel_axis: for layers that read channels by a weighted sum, the channel axis of their input; None for
+            layers that only carry them.
+    """
+
+    types: ClassVar[tuple[type[nn.Module], ...]]
+    channel_axis: ClassVar[int | None] = None
+
+    @abstractmethod
+    def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
+        """Where the layer's output channels (`"out"`) or input channels (`"in"`) live."""
+
+    def chunks(self, layer: nn.Module, role: Role) -> int:
+        """Into how many equal runs the channels fall that must all lose the same positions."""
+        return 1
+
+    @abstractmethod
+    def refresh(self, layer: nn.Module) -> None:
+        """Make the layer's attributes (`out_features`, ...) follow the shapes of its tensors."""
+
+
+def every_channel(channels: int) -> Int[Tensor, "channels"]:
+    """Channel `c` lives at position `c`."""
+    return torch.arange(channels)
+
+
+def present(layer: nn.Module, names: Sequence[str], axis: int, index: Tensor) -> list[Place]:
+    """The same place in each of those tensors that the layer has (a bias may be missing)."""
+    return [Place(name, axis, index) for name in names if getattr(layer, name, None) is not None]

@@ -1,0 +1,96 @@
+"""The optimizer goes along: every state tensor follows its parameter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_slim.surgery.cut import Cut
+
+
+def migrate(
+    optimizers: Optimizer | Iterable[Optimizer],
+    cuts: Sequence[Cut],
+    unknown: Literal["raise", "reset"] = "raise",
+) -> None:
+    """Puts the cut parameters in the place of the old ones, with their state cut alike.
+
+    No optimizer is told apart by name: a state tensor of its parameter's shape is cut as the parameter is; one whose
+    axes are either full or 1 (Adafactor's factored moments) is cut along its full axes; scalars stay. `param_groups`
+    are edited in place, so learning-rate schedulers, clipping and gradient scalers go on. LBFGS keeps its history as
+    flat vectors: it is reset, with a warning.
+
+    All new states are made before the first is put in place, so that a failure leaves every optimizer as it was.
+
+    Args:
+        optimizers: one optimizer or several.
+        cuts: what `remove_units` returned.
+        unknown: what to do with a state of unknown shape: `"raise"`, or `"reset"` the state of that parameter.
+
+    Raises:
+        ValueError: a state has a shape that is not understood, and `unknown` is `"raise"`.
+    """
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    # A LightningOptimizer stands before the real one and shares its state.
+    optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
+    follow = {id(cut.old): cut for cut in cuts if isinstance(cut.old, nn.Parameter)}
+    states = [_new_states(optimizer, follow, unknown) for optimizer in optimizers]
+    for optimizer, new_states in zip(optimizers, states, strict=True):
+        _commit(optimizer, follow, new_states)
+
+
+def _new_states(optimizer: Optimizer, follow: dict[int, Cut], unknown: str) -> dict[int, dict[str, Any]]:
+    if isinstance(optimizer, LBFGS):
+        return {}
+    return {
+        id(p): _cut_state(optimizer, state, follow[id(p)], unknown)
+        for p, state in optimizer.state.items()
+        if id(p) in follow
+    }
+
+
+def _cut_state(optimizer: Optimizer, state: dict[str, Any], cut: Cut, unknown: str) -> dict[str, Any]:
+    new = {key: _follow(value, cut) for key, value in state.items()}
+    strange = [key for key, value in new.items() if value is NotImplemented]
+    if strange and unknown == "raise":
+        found = {key: tuple(getattr(state[key], "shape", ())) or type(state[key]).__name__ for key in strange}
+        raise ValueError(
+            f"Expected the state of {cut.tensor} in {type(optimizer).__name__} to be scalars or tensors of shape "
+            f'{tuple(cut.old.shape)}, got {found}: pass unknown="reset" to start that state anew.'
+        )
+    return {} if strange else new
+
+
+def _follow(value: Any, cut: Cut) -> Any:
+    """A state entry after the cut; NotImplemented if its shape is not understood."""
+    if not isinstance(value, Tensor):
+        holds_tensors = isinstance(value, dict | list | tuple) and len(value) > 0
+        return NotImplemented if holds_tensors else value
+    if value.shape == cut.old.shape:
+        return cut.take(value)
+    if value.numel() == 1:
+        return value
+    full = [have == want for have, want in zip(value.shape, cut.old.shape, strict=False)]
+    if value.ndim == cut.old.ndim and all(f or n == 1 for f, n in zip(full, value.shape, strict=True)):
+        return cut.take(value, [axis for axis in cut.keep if full[axis]])
+    return NotImplemented
+
+
+def _commit(optimizer: Optimizer, follow: dict[int, Cut], states: dict[int, dict[str, Any]]) -> None:
+    touched = False
+    for group in optimizer.param_groups:
+        touched = touched or any(id(p) in follow for p in group["params"])
+        group["params"][:] = [follow[id(p)].new if id(p) in follow else p for p in group["params"]]
+    if touched and isinstance(optimizer, LBFGS):
+        warnings.warn("LBFGS keeps its history as flat vectors, which cannot be cut: it starts anew.", stacklevel=4)
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+        return
+    for old in [p for p in optimizer.state if id(p) in states]:
+        del optimizer.state[old]
+        if states[id(old)]:
+            optimizer.state[follow[id(old)].new] = states[id(old)]

@@ -1,0 +1,183 @@
+"""What a unit is and where it lives: the one vocabulary that scores, penalties and surgery share.
+
+A unit is the smallest thing that can be removed: a channel, a neuron, a hidden unit, a head. It owns positions along
+axes of several tensors (the row that makes it, its normalisation, the columns that read it). A `Span` says which, so
+that no later code has to know a layer type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Role = Literal["out", "in"]
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Where a group's units live along one axis of one tensor.
+
+    Attributes:
+        tensor: dotted name, as in `state_dict`.
+        axis: the axis of that tensor.
+        index: `index[u]` are the positions that unit `u` owns: one for a channel, `H*W` behind a flatten.
+        role: `"out"` if the tensor produces or carries the unit, `"in"` if it reads it.
+    """
+
+    tensor: str
+    axis: int
+    index: Int[Tensor, "units width"]
+    role: Role = "out"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a group's units: where to watch them arrive, and where to fold them.
+
+    Attributes:
+        layer: dotted name of the layer whose input carries the units.
+        span: the columns of its weight that read them.
+        axis: the channel axis of its input (1 for convolutions, -1 for linear layers).
+        chunks: in a grouped convolution the same column reads one channel of each of `chunks` chunks.
+        offset: the tensor that can take over a constant input: the layer's bias, or the `running_mean` of the
+            batch normalisation that follows it (which is subtracted); None if there is neither.
+    """
+
+    layer: str
+    span: Span
+    axis: int
+    chunks: int = 1
+    offset: str | None = None
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one layer, and of all layers that must lose the same units with it.
+
+    Attributes:
+        name: the layer that makes the units.
+        spans: where they live; unit `u` is row `u` of every span's index.
+        readers: the layers that read them.
+    """
+
+    name: str
+    spans: tuple[Span, ...]
+    readers: tuple[Reader, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return int(self.spans[0].index.shape[0])
+
+    @property
+    def layers(self) -> set[str]:
+        """Dotted names of the modules that own the group's tensors."""
+        return {span.tensor.rpartition(".")[0] for span in self.spans}
+
+
+class Plan(dict[str, Tensor]):
+    """Group name -> keep mask (`Bool[Tensor, "units"]`): what stays. Plain data to print, test and log.
+
+    >>> print(Plan({"fc": torch.tensor([True, False, True])}))
+    fc: keeps 2 of 3 units
+    """
+
+    def __str__(self) -> str:
+        lines = (f"{name}: keeps {int(keep.sum())} of {len(keep)} units" for name, keep in self.items())
+        return "\n".join(lines) or "nothing is removed"
+
+    @property
+    def removed(self) -> int:
+        """Number of units that go."""
+        return sum(int((~keep).sum()) for keep in self.values())
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name it has (a tied tensor appears once per name)."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def columns(tensor: Tensor, span: Span) -> Float[Tensor, "units fan"]:
+    """The entries of a tensor that each unit of a span owns, one unit a row."""
+    index = span.index.to(tensor.device)
+    return tensor.movedim(span.axis, 0)[index].flatten(1)
+
+
+def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:
+    """All weights of a group, one unit a row: the one view for scores and penalties.
+
+    Args:
+        model: the module that `group` was found in.
+        group: the units.
+        role: `"out"`: the weights that make the units; `"in"`: those that read them; None: both.
+
+    Returns:
+        Parameters only (no buffers), concatenated over the spans with that role.
+    """
+    return torch.cat([columns(p, span) for p, span in _spans(model, group, role)], dim=1)
+
+
+def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:
+    """The gradients of `rows`, entry for entry; zero where a parameter has none."""
+    pairs = _spans(model, group, role)
+    return torch.cat([columns(torch.zeros_like(p) if p.grad is None else p.grad, s) for p, s in pairs], dim=1)
+
+
+def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[tuple[nn.Parameter, Span]]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for span in group.spans:
+        if span.tensor in parameters and role in (None, span.role):
+            yield parameters[span.tensor], span
+
+
+def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[UnitGroup]:
+    """The groups as they stand after `plan` was cut: gone units left out, positions counted anew.
+
+    Args:
+        groups: all groups of a model (a tensor may be shared by several of them).
+        plan: group name -> keep mask.
+    """
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for group in groups:
+        for span in group.spans:
+            if group.name in plan:
+                positions = span.index[~plan[group.name].to(span.index.device)].flatten()
+                gone.setdefault((span.tensor, span.axis), []).append(positions)
+    missing = {place: torch.unique(torch.cat(positions)) for place, positions in gone.items()}
+
+    def shift(span: Span, keep: Tensor | None) -> Span:
+        index = span.index if keep is None else span.index[keep.to(span.index.device)]
+        if (span.tensor, span.axis) in missing:
+            index = index - torch.searchsorted(missing[span.tensor, span.axis], index)
+        return Span(span.tensor, span.axis, index, span.role)
+
+    def update(group: UnitGroup) -> UnitGroup:
+        keep = plan.get(group.name)
+        spans = tuple(shift(span, keep) for span in group.spans)
+        readers = tuple(Reader(r.layer, shift(r.span, keep), r.axis, r.chunks, r.offset) for r in group.readers)
+        return UnitGroup(group.name, spans, readers)
+
+    return [update(group) for group in groups]
+
+
+def to_state(group: UnitGroup) -> dict[str, Any]:
+    """A group as plain data and tensors, which `torch.load(weights_only=True)` reads."""
+    return {
+        "name": group.name,
+        "spans": [vars(span).copy() for span in group.spans],
+        "readers": [{**vars(reader), "span": vars(reader.span).copy()} for reader in group.readers],
+    }
+
+
+def from_state(state: Mapping[str, Any]) -> UnitGroup:
+    """The inverse of `to_state`."""
+    spans = tuple(Span(**span) for span in state["spans"])
+    readers = tuple(Reader(**{**reader, "span": Span(**reader["span"])}) for reader in state["readers"])
+    return UnitGroup(state["name"], spans, readers)
