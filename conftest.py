@@ -1,0 +1,31 @@
+"""Shapes in annotations are checked while the tests run."""
+
+import logging
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook(
+    ["lightning_slim.statistics", "lightning_slim.scores", "lightning_slim.units"], "beartype.beartype"
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, object]) -> None:
+    import lightning_slim
+    from lightning_slim.profile import count_macs
+    from lightning_slim.statistics import Moments, with_lags
+
+    doctest_namespace.update(torch=torch, nn=torch.nn, Moments=Moments, with_lags=with_lags, count_macs=count_macs)
+    doctest_namespace.update({name: getattr(lightning_slim, name) for name in lightning_slim.__all__})

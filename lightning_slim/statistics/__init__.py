@@ -1,0 +1,16 @@
+"""Tensors in, tensors out; knows no layer, no unit, no trainer."""
+
+from lightning_slim.statistics.granger import ForwardSelection, Regression, forward_selection
+from lightning_slim.statistics.least_squares import Image, least_squares_image
+from lightning_slim.statistics.moments import Moments
+from lightning_slim.statistics.series import with_lags
+
+__all__ = [
+    "ForwardSelection",
+    "Image",
+    "Moments",
+    "Regression",
+    "forward_selection",
+    "least_squares_image",
+    "with_lags",
+]

@@ -1,0 +1,112 @@
+"""Conditional Granger causality, greedily: which units, together, best predict what is computed from them.
+
+A unit that Granger-causes a target on its own is often one of many copies, and a leave-one-out test calls every copy
+useless. Forward selection conditions each candidate on those that were already chosen, so one copy is taken and the
+others are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+JITTER = 1e-6  # of the mean variance, on the diagonal: dead and collinear columns stay harmless
+
+
+class Regression(NamedTuple):
+    """Second moments of a regression of some targets on all units' present and past.
+
+    Attributes:
+        gram: covariance of the regressors; the columns of unit `u` are `u * width ... u * width + width - 1`.
+        cross: covariance of the regressors with the targets.
+        variance: total variance of the targets, to which the gains are relative.
+    """
+
+    gram: Float[Tensor, "columns columns"]
+    cross: Float[Tensor, "columns targets"]
+    variance: float
+
+
+class ForwardSelection(NamedTuple):
+    """Units in the order in which they are chosen.
+
+    Attributes:
+        order: unit numbers, most useful first.
+        gains: share of the targets' variance that each adds to what those before it explain; never negative.
+    """
+
+    order: Int[Tensor, "units"]
+    gains: Float[Tensor, "units"]
+
+
+def forward_selection(regressions: Sequence[Regression], units: int) -> ForwardSelection:
+    """Greedy conditional Granger selection over one or several regressions on the same units.
+
+    Each step takes the unit whose present and past add most to the explained variance of the targets, given all units
+    chosen before: `gain_i = ||L_i^-1 c_i||^2`, with `L_i L_i'` the unit's covariance and `c_i` its covariance with the
+    targets, both conditional on the chosen. Gains of several regressions (several readers of the same units) are
+    averaged. A lazy block-pivoted Cholesky factorisation updates only what the next choice needs: `O(units^3 width^3)`
+    for the whole order, in float64.
+
+    Sources: Granger (1969); Geweke (1984) for the conditional form; Fine and Scheinberg (2001) for the factorisation.
+
+    Args:
+        regressions: at least one; their columns are blocks of equal width, unit by unit.
+        units: number of units.
+
+    Returns:
+        The order of all units and their gains. A dead unit gains 0.
+    """
+    states = [_Pivoted(regression, units) for regression in regressions]
+    order: list[int] = []
+    gains: list[Tensor] = []
+    left = torch.ones(units, dtype=torch.bool, device=states[0].device)
+    for _ in range(units):
+        gain = torch.stack([state.gains() for state in states]).mean(0).clamp_min(0)
+        best = int(torch.where(left, gain, -1.0).argmax())
+        left[best] = False
+        order.append(best)
+        gains.append(gain[best])
+        for state in states:
+            state.choose(best)
+    return ForwardSelection(torch.tensor(order), torch.stack(gains).cpu())
+
+
+class _Pivoted:
+    """A block-pivoted Cholesky factorisation under way: what is known of each unit, given the chosen ones."""
+
+    def __init__(self, regression: Regression, units: int) -> None:
+        gram = regression.gram.double()
+        self.device = gram.device
+        self.width = gram.shape[0] // units
+        self.jitter = JITTER * float(gram.diagonal().mean()) + 1e-300
+        self.gram = gram + self.jitter * torch.eye(len(gram), dtype=gram.dtype, device=self.device)
+        blocks = self.gram.view(units, self.width, units, self.width)
+        self.block = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()  # units width width
+        self.cross = regression.cross.double().view(units, self.width, -1).clone()  # units width targets
+        self.variance = max(regression.variance, 1e-300)
+        self.factor = gram.new_zeros(len(gram), len(gram))
+        self.chosen = 0
+
+    def gains(self) -> Float[Tensor, "units"]:
+        self.root = torch.linalg.cholesky_ex(self.block).L
+        self.solved = torch.linalg.solve_triangular(self.root, self.cross, upper=False)
+        explained: Tensor = self.solved.square().sum((1, 2)).nan_to_num(0.0)
+        return explained / self.variance
+
+    def choose(self, unit: int) -> None:
+        """Conditions every unit on `unit` as well."""
+        width, at = self.width, slice(unit * self.width, (unit + 1) * self.width)
+        known = self.factor[:, : self.chosen]
+        column = self.gram[:, at] - known @ known[at].T
+        new = torch.linalg.solve_triangular(self.root[unit], column.T, upper=False).T
+        self.factor[:, self.chosen : self.chosen + width] = new
+        self.chosen += width
+        blocks = new.view(-1, width, width)
+        self.cross -= blocks @ self.solved[unit]
+        self.block -= blocks @ blocks.mT
+        self.block[unit] = torch.eye(width, dtype=self.block.dtype, device=self.device)
