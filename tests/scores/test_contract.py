@@ -1,0 +1,99 @@
+"""What every score promises, for every subclass there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_slim.scores import Evidence, Granger, Magnitude, Random, Reading, Score, Taylor
+from lightning_slim.statistics import Moments
+
+SCORES = Score.__subclasses__()
+UNITS = 8
+
+
+def evidence(score: Score, dead: bool = False) -> Evidence:
+    """Random evidence of eight units; if `dead`, unit 3 is always zero."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, UNITS, generator=generator) @ torch.randn(UNITS, UNITS, generator=generator)
+    weights = torch.randn(UNITS, 5, generator=generator)
+    saliency = torch.rand(UNITS, generator=generator)
+    if dead:
+        x[:, 3], weights[3], saliency[3] = 0, 0, 0
+    columns = torch.stack([x] + [x.roll(lag, 0) for lag in range(1, score.lags + 1)], -1).flatten(1)
+    moments = Moments(columns.shape[1])
+    moments.update(columns)
+    return Evidence(weights, (Reading(moments, weights),), saliency, torch.Generator().manual_seed(2))
+
+
+def permuted(given: Evidence, order: Tensor) -> Evidence:
+    """The same evidence with its units in another order."""
+    moments = given.readings[0].moments
+    width = len(moments.total) // UNITS
+    other = Moments(0)
+    other.load_state_dict(moments.state_dict())
+    other.keep((order[:, None] * width + torch.arange(width)).flatten())
+    return Evidence(given.weights[order], (Reading(other, given.weights[order]),), given.saliency[order])
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_importance_is_finite_not_negative_and_one_a_unit(kind: type[Score]) -> None:
+    for dead in (False, True):
+        importance = kind()(evidence(kind(), dead)).importance
+        assert importance.shape == (UNITS,)
+        assert importance.isfinite().all()
+        assert (importance >= 0).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCORES if kind is not Random])
+def test_a_dead_unit_has_importance_zero(kind: type[Score]) -> None:
+    assert kind()(evidence(kind(), dead=True)).importance[3] == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCORES if kind is not Random])
+def test_units_are_scored_the_same_in_any_order(kind: type[Score]) -> None:
+    given, order = evidence(kind()), torch.randperm(UNITS)
+    torch.testing.assert_close(kind()(permuted(given, order)).importance, kind()(given).importance[order])
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_same_evidence_gives_the_same_scores(kind: type[Score]) -> None:
+    assert torch.equal(kind()(evidence(kind())).importance, kind()(evidence(kind())).importance)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_it_is_frozen_and_survives_a_pickle(kind: type[Score]) -> None:
+    assert pickle.loads(pickle.dumps(kind())) == kind()
+    assert dataclasses.is_dataclass(kind)
+    with pytest.raises((dataclasses.FrozenInstanceError, TypeError, AttributeError)):
+        kind().something = 1  # type: ignore[attr-defined]
+
+
+def test_magnitude_by_hand() -> None:
+    given = Evidence(torch.tensor([[3.0, -4.0], [1.0, 0.0]]))
+    assert Magnitude()(given).importance.tolist() == [5.0, 1.0]
+    assert Magnitude(p=1)(given).importance.tolist() == [7.0, 1.0]
+
+
+def test_taylor_is_the_recorded_saliency() -> None:
+    given = Evidence(torch.ones(2, 1), saliency=torch.tensor([0.25, 0.5]))
+    assert Taylor()(given).importance.tolist() == [0.25, 0.5]
+
+
+def test_granger_importance_is_the_share_unexplained_when_chosen() -> None:
+    x = torch.randn(4000, 3, dtype=torch.float64)
+    moments = Moments(3)
+    moments.update(x / x.std(0))
+    weight = torch.tensor([[2.0], [1.0], [0.0]])
+    importance = Granger(lags=0)(Evidence(weight, (Reading(moments, weight),))).importance
+    torch.testing.assert_close(importance, torch.tensor([1.0, 0.2, 0.0], dtype=torch.float64), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("make", "message"), [(lambda: Granger(lags=-1), "lags"), (lambda: Magnitude(p=0), "norm")])
+def test_bad_arguments_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
