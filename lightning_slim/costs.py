@@ -1,0 +1,121 @@
+"""What a model would cost after a plan, without carrying it out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_slim.units import UnitGroup, named_tensors
+
+Widths = Mapping[str, int]  # group name -> number of units that stay
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of a tensor: its full size, and how many positions each unit of each group takes of it."""
+
+    size: int
+    per_unit: dict[str, int]
+
+    def kept(self, original: Widths, widths: Widths) -> int:
+        return self.size - sum((original[g] - widths[g]) * width for g, width in self.per_unit.items())
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Units, parameters and MACs of a model as functions of the widths of its groups.
+
+    A layer's MACs are proportional to the entries of its weight, so they shrink as the weight does. That is exact for
+    linear layers and convolutions of every kind, as long as the sizes between them (pixels, steps) stay.
+
+    Attributes:
+        original: width of every group before anything was cut.
+        parameters: number of all parameters of the model.
+        layer_macs: layer -> multiply-accumulates of one forward pass of the example, its children's left out.
+        shapes: tensor -> shape, of all parameters that a group touches.
+        axes: tensor -> axis -> who owns how much of it.
+    """
+
+    original: dict[str, int]
+    parameters: int
+    layer_macs: dict[str, int]
+    shapes: dict[str, list[int]]
+    axes: dict[str, dict[int, _Axis]]
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: Iterable[UnitGroup], layer_macs: Mapping[str, int]) -> Costs:
+        """Costs of a model that was not cut yet; `layer_macs` come from `count_macs`."""
+        groups = list(groups)
+        tensors = named_tensors(model)
+        first_name = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        owned: defaultdict[str, defaultdict[int, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(dict))
+        for group in groups:
+            for span in group.spans:
+                if isinstance(tensors[span.tensor], nn.Parameter):
+                    name = first_name[id(tensors[span.tensor])]
+                    owned[name][span.axis].setdefault(group.name, set()).update(span.index.flatten().tolist())
+        original = {group.name: group.size for group in groups}
+        axes = {
+            name: {
+                axis: _Axis(tensors[name].shape[axis], {g: len(at) // original[g] for g, at in by_group.items()})
+                for axis, by_group in by_axis.items()
+            }
+            for name, by_axis in owned.items()
+        }
+        shapes = {name: list(tensors[name].shape) for name in axes}
+        return cls(original, sum(p.numel() for p in model.parameters()), dict(layer_macs), shapes, axes)
+
+    def units(self, widths: Widths) -> int:
+        """Number of units that stay."""
+        return sum(widths[name] for name in self.original)
+
+    def params(self, widths: Widths) -> int:
+        """Number of parameters that stay."""
+        return self.parameters - sum(self._full(name) - self._left(name, widths) for name in self.shapes)
+
+    def macs(self, widths: Widths) -> int:
+        """Multiply-accumulates of one forward pass of the example."""
+        return round(sum(macs * self._share(layer, widths) for layer, macs in self.layer_macs.items()))
+
+    def _full(self, tensor: str) -> int:
+        entries = 1
+        for size in self.shapes[tensor]:
+            entries *= size
+        return entries
+
+    def _left(self, tensor: str, widths: Widths) -> int:
+        entries = 1
+        for axis, size in enumerate(self.shapes[tensor]):
+            owners = self.axes[tensor].get(axis)
+            entries *= size if owners is None else owners.kept(self.original, widths)
+        return entries
+
+    def _share(self, layer: str, widths: Widths) -> float:
+        """What stays of a layer's largest parameter."""
+        prefix = f"{layer}." if layer else ""
+        mine = [name for name in self.shapes if name.rpartition(".")[0] == layer and name.startswith(prefix)]
+        if not mine:
+            return 1.0
+        weight = max(mine, key=self._full)
+        return self._left(weight, widths) / self._full(weight)
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint."""
+        axes = {
+            name: {axis: (owner.size, owner.per_unit) for axis, owner in by_axis.items()}
+            for name, by_axis in self.axes.items()
+        }
+        return {**vars(self), "axes": axes}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Costs:
+        """The inverse of `to_state`."""
+        axes = {
+            name: {int(axis): _Axis(*owner) for axis, owner in by_axis.items()}
+            for name, by_axis in state["axes"].items()
+        }
+        return cls(**{**state, "axes": axes})

@@ -1,0 +1,140 @@
+"""Scores -> plan: how many units of each group stay, and which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_slim.budgets import Budget
+from lightning_slim.costs import Costs
+from lightning_slim.units import Plan
+
+Scope = Literal["local", "global"]
+
+# Two, so that a depthwise convolution can still be told from a dense one when a checkpoint is loaded.
+FLOOR = 2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which widths are allowed, and how a budget is spread over the groups.
+
+    Attributes:
+        scope: `"local"`: every group keeps the same fraction of its original units; `"global"`: the units with the
+            highest importance stay, wherever they are.
+        round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes.
+    """
+
+    scope: Scope = "local"
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("local", "global"):
+            raise ValueError(f'Expected `scope` to be "local" or "global", got {self.scope!r}.')
+        if self.round_to < 1:
+            raise ValueError(f"Expected `round_to` of at least 1, got {self.round_to}.")
+
+    def widths(
+        self,
+        level: float,
+        original: Mapping[str, int],
+        current: Mapping[str, int],
+        importance: Mapping[str, Float[Tensor, "units"]],
+    ) -> dict[str, int]:
+        """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
+
+        Args:
+            level: how much of the original units stays.
+            original: width of every group before anything was cut.
+            current: width of every group now.
+            importance: of the units that are there now, comparable across groups (used by the global scope).
+        """
+        wanted = {name: level * units for name, units in original.items()}
+        if self.scope == "global":
+            wanted = _most_important(level, original, importance)
+        return {name: self._allowed(wanted[name], original[name], current[name]) for name in original}
+
+    def fit(
+        self,
+        remaining: float,
+        budget: Budget,
+        costs: Costs,
+        current: Mapping[str, int],
+        importance: Mapping[str, Float[Tensor, "units"]],
+    ) -> dict[str, int]:
+        """The largest widths at which at most `remaining` of the original budget is left.
+
+        Where even the smallest widths leave more, the smallest are returned.
+        """
+
+        def at(level: float) -> dict[str, int]:
+            return self.widths(level, costs.original, current, importance)
+
+        def affordable(widths: Mapping[str, int]) -> bool:
+            return budget.remaining(costs, widths) <= remaining + 1e-12
+
+        widths = at(_largest(lambda level: affordable(at(level))))
+        return self._spend_the_rest(widths, current, costs.original, affordable)
+
+    def _spend_the_rest(
+        self,
+        widths: dict[str, int],
+        current: Mapping[str, int],
+        original: Mapping[str, int],
+        affordable: Callable[[Mapping[str, int]], bool],
+    ) -> dict[str, int]:
+        """Groups of one size all change at the same level, which leaves something over: give it back, one by one."""
+        for name in sorted(widths, key=lambda name: widths[name] / original[name]):
+            wider = {**widths, name: min(widths[name] + self.round_to, current[name])}
+            widths = wider if affordable(wider) else widths
+        return widths
+
+    def _allowed(self, wanted: float, original: int, current: int) -> int:
+        # 1e-9: 0.7 * 10 is 7.000000000000001, which must not round up to 8
+        rounded = math.ceil(max(wanted - 1e-9, FLOOR) / self.round_to) * self.round_to
+        return min(rounded, original, current)
+
+
+def plan_for(widths: Mapping[str, int], importance: Mapping[str, Float[Tensor, "units"]]) -> Plan:
+    """Keeps the most important units of every group that shrinks; of equals, the first."""
+    plan = Plan()
+    for name, values in importance.items():
+        if widths[name] < len(values):
+            keep = torch.zeros(len(values), dtype=torch.bool)
+            keep[values.argsort(descending=True, stable=True)[: widths[name]]] = True
+            plan[name] = keep
+    return plan
+
+
+def comparable(importance: Float[Tensor, "units"]) -> Float[Tensor, "units"]:
+    """Importance relative to its group's mean, so that layers of different scale compare (Molchanov et al., 2017)."""
+    mean = importance.mean()
+    return importance / mean if mean > 0 else importance
+
+
+def _most_important(
+    level: float, original: Mapping[str, int], importance: Mapping[str, Float[Tensor, "units"]]
+) -> dict[str, float]:
+    """How many of the globally most important units each group has, if `level` of all original units stay."""
+    everywhere = torch.cat(list(importance.values())).sort(descending=True).values
+    count = min(math.floor(level * sum(original.values()) + 1e-9), len(everywhere))
+    if count == 0:
+        return dict.fromkeys(original, 0.0)
+    return {name: float((values >= everywhere[count - 1]).sum()) for name, values in importance.items()}
+
+
+def _largest(holds: Callable[[float], bool]) -> float:
+    """The largest level in [0, 1], to 1e-6, at which a condition that holds from below still holds; 0 if none."""
+    if holds(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

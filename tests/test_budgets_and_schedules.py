@@ -1,0 +1,120 @@
+"""What every budget and every schedule promises, for every subclass there is."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_slim import Cubic, Linear, MACs, OneCycle, OneShot, Units, find_groups, remove_units
+from lightning_slim.budgets import Budget
+from lightning_slim.costs import Costs
+from lightning_slim.profile import count_macs
+from lightning_slim.schedules import Schedule
+from tests.networks import Mixed, images, mixed_plan
+from tests.surgery.test_cut import NETWORKS, some
+
+SCHEDULES, BUDGETS = Schedule.__subclasses__(), Budget.__subclasses__()
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_rise_from_0_to_1(kind: type[Schedule]) -> None:
+    schedule = kind()
+    course = [schedule(i / 100) for i in range(101)]
+    assert course == sorted(course)
+    assert course[-1] == 1
+    assert schedule(schedule.end) == 1
+    assert all(schedule(t) == 0 for t in (schedule.start - 0.01, schedule.start / 2) if 0 <= t < schedule.start)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES + BUDGETS)
+def test_they_survive_a_pickle(kind: type) -> None:
+    assert pickle.loads(pickle.dumps(kind())) == kind()
+
+
+def test_schedules_equal_their_papers_formulas() -> None:
+    t = 0.3
+    assert Linear(0.0, 1.0)(t) == pytest.approx(t)
+    # Zhu and Gupta (2017), equation 1, from sparsity 0 to 1
+    assert Cubic(0.0, 1.0)(t) == pytest.approx(1 + (0 - 1) * (1 - t) ** 3)
+    # Hubens et al. (2022), equation 2, with alpha = 14 and beta = 6
+    assert OneCycle(0.0, 1.0)(t) == pytest.approx((1 + math.exp(-14 + 6)) / (1 + math.exp(-14 * t + 6)))
+    assert [OneShot(0.5)(t) for t in (0.49, 0.5)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Linear(0.6, 0.5), lambda: Cubic(-0.1, 0.5), lambda: OneCycle(0.5, 1.1), lambda: OneShot(2.0)]
+)
+def test_a_schedule_outside_the_run_is_refused(make) -> None:
+    with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
+        make()
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, 50])
+def test_a_budget_outside_0_and_1_is_refused(kind: type, fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"fraction in \(0, 1\]"):
+        kind(fraction)
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_budgets_grow_with_the_widths(kind: type) -> None:
+    network, x = Mixed(), images(0)[0]
+    costs = Costs.of(network, find_groups(network, x), count_macs(network, (x,)))
+    half = {name: units // 2 for name, units in costs.original.items()}
+    assert 0 < kind().remaining(costs, half) < kind().remaining(costs, costs.original) == 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_costs_foretell_the_cut_network(name: str) -> None:
+    network, x = NETWORKS[name]()
+    groups = find_groups(network, x)
+    plan = some(groups)
+    costs = Costs.of(network, groups, count_macs(network, (x,)))
+    widths = {group: int(keep.sum()) for group, keep in plan.items()}
+    remove_units(network, groups, plan)
+    assert costs.params(widths) == sum(p.numel() for p in network.parameters())
+    assert costs.macs(widths) == sum(count_macs(network, (x,)).values())
+
+
+def test_costs_of_the_mixed_network_and_through_a_checkpoint() -> None:
+    network, x = Mixed(), images(0)[0]
+    groups = find_groups(network, x)
+    plan = mixed_plan(groups)
+    costs = Costs.from_state(Costs.of(network, groups, count_macs(network, (x,))).to_state())
+    widths = {group: int(keep.sum()) for group, keep in plan.items()}
+    remove_units(network, groups, plan)
+    assert costs.params(widths) == sum(p.numel() for p in network.parameters())
+    assert costs.macs(widths) == sum(count_macs(network, (x,)).values())
+    assert Units(0.5).count(costs, widths) == 5 + 4 + 11 + 17
+    assert MACs(0.5).count(costs, widths) == costs.macs(widths)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "macs"),
+    [
+        (nn.Linear(3, 5), torch.zeros(2, 3), 2 * 3 * 5),
+        (nn.Conv2d(4, 6, 3, padding=1), torch.zeros(1, 4, 5, 5), 25 * 4 * 6 * 9),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), torch.zeros(1, 4, 5, 5), 25 * 4 * 9),
+        (nn.ConvTranspose2d(4, 6, 2, 2), torch.zeros(1, 4, 5, 5), 25 * 4 * 6 * 4),
+        (nn.LSTM(3, 5), torch.zeros(7, 1, 3), 7 * 4 * 5 * (3 + 5)),
+    ],
+)
+def test_macs_by_hand(layer: nn.Module, x: torch.Tensor, macs: int) -> None:
+    assert sum(count_macs(layer, (x,)).values()) == macs
+
+
+def test_macs_are_counted_layer_by_layer() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.randn(3, 4)), nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(F.linear(x, self.weight))
+
+    assert count_macs(Own(), (torch.zeros(2, 4),)) == {"": 24, "inner.0": 30, "inner.1": 20}

@@ -1,0 +1,67 @@
+"""How many units of each group stay, and which."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lightning_slim import MACs, Units, find_groups
+from lightning_slim.costs import Costs
+from lightning_slim.profile import count_macs
+from lightning_slim.selection import FLOOR, Selection, plan_for
+from tests.networks import Mixed, images
+
+ORIGINAL = {"a": 10, "b": 20}
+IMPORTANCE = {"a": torch.arange(10.0), "b": torch.arange(20.0) / 10}
+
+
+def test_local_keeps_the_same_fraction_of_the_original_everywhere() -> None:
+    assert Selection().widths(0.7, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 7, "b": 14}
+    shrunk = {"a": 7, "b": 14}
+    now = {name: values[: shrunk[name]] for name, values in IMPORTANCE.items()}
+    assert Selection().widths(0.5, ORIGINAL, shrunk, now) == {"a": 5, "b": 10}  # of 10 and 20: never compounding
+
+
+def test_global_keeps_the_most_important_wherever_they_are() -> None:
+    widths = Selection("global").widths(10 / 30, ORIGINAL, ORIGINAL, IMPORTANCE)
+    assert widths == {"a": 8, "b": 2}  # a: 2..9; nothing of b but the floor
+
+
+def test_widths_are_rounded_up_but_not_beyond_the_original() -> None:
+    assert Selection(round_to=8).widths(0.5, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 8, "b": 16}
+    assert Selection(round_to=8).widths(0.9, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 10, "b": 20}
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_levels_are_nested_and_end_at_the_floor_and_at_now(scope: str) -> None:
+    selection = Selection(scope)  # type: ignore[arg-type]
+    course = [selection.widths(level / 50, ORIGINAL, ORIGINAL, IMPORTANCE) for level in range(51)]
+    assert all(a[name] <= b[name] for a, b in pairwise(course) for name in ORIGINAL)
+    assert course[0] == {"a": FLOOR, "b": FLOOR}
+    assert course[-1] == ORIGINAL
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("budget", [Units(0.5), MACs(0.5), Units(0.9), MACs(0.3)])
+def test_a_budget_is_kept_and_nearly_spent(scope: str, budget) -> None:
+    network, x = Mixed((16, 24, 32), 40), images(0)[0]
+    costs = Costs.of(network, find_groups(network, x), count_macs(network, (x,)))
+    importance = {name: torch.rand(units) for name, units in costs.original.items()}
+    widths = Selection(scope).fit(budget.fraction, budget, costs, costs.original, importance)  # type: ignore[arg-type]
+    assert budget.fraction * 0.93 < budget.remaining(costs, widths) <= budget.fraction
+
+
+def test_the_most_important_units_stay_and_ties_go_to_the_first() -> None:
+    plan = plan_for({"a": 2, "b": 3}, {"a": torch.tensor([1.0, 3.0, 2.0]), "b": torch.ones(3)})
+    assert plan["a"].tolist() == [False, True, True]
+    assert "b" not in plan
+    tied = plan_for({"b": 2}, {"b": torch.ones(3)})
+    assert tied["b"].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [({"scope": "isomorphic"}, "scope"), ({"round_to": 0}, "round_to")])
+def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Selection(**kwargs)
