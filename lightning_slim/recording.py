@@ -1,0 +1,156 @@
+"""Forward hooks that gather evidence while the network trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lightning_slim.statistics import Moments, with_lags
+from lightning_slim.units import Reader, UnitGroup, gradients, rows
+
+MAX_ROWS = 8192  # of one batch: a convolution has a row for every pixel, many more than a mean needs
+
+
+class Recorder:
+    """Streams what scores need: moments of the units as their readers see them, and their saliency.
+
+    Args:
+        model: the module that `groups` were found in.
+        groups: all groups that will be scored.
+        lags: past steps beside the present, where units arrive as series.
+        moments: whether to stream moments.
+        saliency: whether to stream the first-order effect on the loss.
+        memory: how much of the past still counts one recorded step later: the weights move, old evidence fades.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        lags: int = 0,
+        moments: bool = True,
+        saliency: bool = False,
+        memory: float = 0.95,
+    ) -> None:
+        self.model = model
+        self.groups = list(groups)
+        self.lags, self.memory = lags, memory
+        self.wants_moments, self.wants_saliency = moments, saliency
+        self.moments: dict[str, list[Moments | None]] = {g.name: [None] * len(g.readers) for g in groups}
+        self.saliency: dict[str, Tensor] = {}
+        self.saliency_steps = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything that is wanted was recorded."""
+        seen = all(m is not None for group in self.moments.values() for m in group)
+        return (seen or not self.wants_moments) and (self.saliency_steps > 0 or not self.wants_saliency)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Every forward pass of the model within is recorded, as one step."""
+        for moments in (m for group in self.moments.values() for m in group if m is not None):
+            moments.decay(self.memory)
+        handles = []
+        if self.wants_moments:
+            for group in self.groups:
+                for slot, reader in enumerate(group.readers):
+                    layer = self.model.get_submodule(reader.layer)
+                    hook = _Watch(self, group.name, slot, reader)
+                    handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
+        """Adds what one reader was given to the moments."""
+        units = reader.span.index.shape[0]
+        table = _rows(inputs.detach(), reader, self._width(reader), self.lags)
+        table = table[:: -(-len(table) // MAX_ROWS)]
+        moments = self.moments[name][slot]
+        if moments is None:
+            moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
+        moments.update(table.flatten(1))
+
+    @torch.no_grad()
+    def observe_gradients(self) -> None:
+        """Adds the squared first-order effect of every unit; call it when gradients are whole and unscaled."""
+        self.saliency_steps = self.memory * self.saliency_steps + 1
+        for group in self.groups:
+            effect = (rows(self.model, group).float() * gradients(self.model, group).float()).sum(1).square()
+            past = self.saliency.get(group.name)
+            self.saliency[group.name] = effect if past is None else self.memory * past + effect
+
+    def mean_saliency(self, name: str) -> Float[Tensor, "units"]:
+        """Mean over recorded steps, recent ones weighing more."""
+        return self.saliency[name] / self.saliency_steps
+
+    def keep(self, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> None:
+        """Follows a cut: evidence of the units that stay is kept, of the others dropped."""
+        self.groups = list(groups)
+        for name, mask in plan.items():
+            for moments in self.moments[name]:
+                if moments is not None:
+                    width = len(moments.total) // len(mask)
+                    moments.keep(mask.repeat_interleave(width).nonzero().flatten())
+            if name in self.saliency:
+                self.saliency[name] = self.saliency[name][mask.to(self.saliency[name].device)]
+
+    def _width(self, reader: Reader) -> int:
+        """Columns of the reader's weight: a chunk of a grouped convolution's input."""
+        weight = self.model.get_parameter(reader.span.tensor)
+        return weight.shape[reader.span.axis]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data only."""
+        return {
+            "moments": {
+                name: [None if m is None else m.state_dict() for m in group] for name, group in self.moments.items()
+            },
+            "saliency": self.saliency,
+            "saliency_steps": self.saliency_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name, group in state["moments"].items():
+            for slot, values in enumerate(group):
+                if values is not None:
+                    moments = Moments(0, device)
+                    moments.load_state_dict(values)
+                    self.moments[name][slot] = moments
+        self.saliency = {name: values.to(device) for name, values in state["saliency"].items()}
+        self.saliency_steps = state["saliency_steps"]
+
+
+class _Watch:
+    """A forward pre-hook: passes a reader's input on to the recorder."""
+
+    def __init__(self, recorder: Recorder, group: str, slot: int, reader: Reader) -> None:
+        self.recorder, self.group, self.slot, self.reader = recorder, group, slot, reader
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs["input"]
+        self.recorder.observe(self.group, self.slot, self.reader, inputs)
+
+
+def _rows(inputs: Tensor, reader: Reader, width: int, lags: int) -> Float[Tensor, "rows units columns"]:
+    """The units at a reader, one row for every sample, pixel or step, with their past where they arrive as series.
+
+    Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows.
+    """
+    index = torch.cat([reader.span.index + chunk * width for chunk in range(reader.chunks)], dim=1)
+    units = inputs.movedim(reader.axis, -1)[..., index.to(inputs.device)]  # ..., units, positions
+    if lags and units.ndim == 4:  # item, step, units, positions: a Conv1d, or a linear layer on (item, step, channel)
+        series = units.permute(0, 3, 1, 2).flatten(0, 1)
+        return with_lags(series, lags)
+    return units.movedim(-1, 0).flatten(0, -2).unsqueeze(-1)

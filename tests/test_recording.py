@@ -1,0 +1,141 @@
+"""What hooks gather equals what can be computed from the activations themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_slim import find_groups, remove_units
+from lightning_slim.recording import MAX_ROWS, Recorder
+from lightning_slim.units import Plan, gradients, renumber, rows
+from tests.surgery.test_cut import NETWORKS, Net, conv
+
+
+def mlp() -> tuple[nn.Sequential, torch.Tensor]:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(50, 4)
+
+
+def test_moments_are_those_of_the_readers_inputs() -> None:
+    network, x = mlp()
+    recorder = Recorder(network, find_groups(network, x))
+    with recorder.recording():
+        network(x)
+    hidden = network[:2](x).detach().numpy()
+    np.testing.assert_allclose(recorder.moments["0"][0].covariance, np.cov(hidden.T, bias=True), atol=1e-6)
+
+
+def test_pixels_positions_and_chunks_are_rows() -> None:
+    network, x = NETWORKS["grouped"]()
+    recorder = Recorder(network, find_groups(network, x))
+    with recorder.recording():
+        network(x)
+    hidden = F.relu(network.a(x)).detach()  # 2, 8, 6, 6; unit u owns channels u and u + 4
+    table = hidden.unflatten(1, (2, 4)).movedim(2, -1).flatten(0, -2).numpy()
+    np.testing.assert_allclose(recorder.moments["a"][0].covariance, np.cov(table.T, bias=True), atol=1e-6)
+    assert recorder.moments["a"][0].count == 2 * 2 * 36
+
+
+def test_a_flattened_unit_is_a_row_for_every_pixel() -> None:
+    network, x = NETWORKS["flatten"]()
+    recorder = Recorder(network, find_groups(network, x))
+    with recorder.recording():
+        network(x)
+    table = F.relu(network.a(x)).detach().movedim(1, -1).flatten(0, -2).numpy()
+    np.testing.assert_allclose(recorder.moments["a"][0].covariance, np.cov(table.T, bias=True), atol=1e-6)
+
+
+def test_series_are_recorded_with_their_past() -> None:
+    network, x = NETWORKS["Conv1d"]()
+    recorder = Recorder(network, find_groups(network, x), lags=2)
+    with recorder.recording():
+        network(x)
+    hidden = F.relu(network.a(x)).detach()  # 4, 6, 7
+    past = torch.stack([hidden[:, :, 2 - lag : 7 - lag] for lag in range(3)], -1)
+    table = past.movedim(1, 2).flatten(0, 1).flatten(1).numpy()
+    np.testing.assert_allclose(recorder.moments["a"][0].covariance, np.cov(table.T, bias=True), atol=1e-6)
+
+
+def test_more_lags_than_steps_are_refused_before_any_weight_is_touched() -> None:
+    network, x = NETWORKS["Conv1d"]()
+    before = copy.deepcopy(network.state_dict())
+    recorder = Recorder(network, find_groups(network, x), lags=7)
+    with pytest.raises(ValueError, match="7 lags need at least 8 steps, got 7"), recorder.recording():
+        network(x)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_large_images_are_thinned_out() -> None:
+    network = Net(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 4), b=conv(4, 2))
+    x = torch.randn(4, 3, 64, 64)
+    recorder = Recorder(network, find_groups(network, x[:1]))
+    with recorder.recording():
+        network(x)
+    assert MAX_ROWS / 2 < recorder.moments["a"][0].count <= MAX_ROWS
+
+
+def test_nothing_is_hooked_outside_of_recording() -> None:
+    network, x = mlp()
+    recorder = Recorder(network, find_groups(network, x))
+    assert not recorder.ready
+    with recorder.recording():
+        network(x)
+    assert recorder.ready
+    count = recorder.moments["0"][0].count.clone()
+    network(x)
+    assert torch.equal(count, recorder.moments["0"][0].count)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_recording_does_not_change_training() -> None:
+    network, x = mlp()
+    other = copy.deepcopy(network)
+    recorder = Recorder(network, find_groups(network, x), saliency=True)
+    with recorder.recording():
+        network(x).sum().backward()
+    recorder.observe_gradients()
+    other(x).sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_saliency_is_the_squared_effect_of_a_gate_on_the_loss() -> None:
+    network, x = mlp()
+    recorder = Recorder(network, find_groups(network, x), moments=False, saliency=True)
+    network(x).square().sum().backward()
+    recorder.observe_gradients()
+    gate = torch.ones(6, requires_grad=True)  # scales each unit's pre-activation
+    network[2](F.relu(network[0](x) * gate)).square().sum().backward()
+    torch.testing.assert_close(recorder.mean_saliency("0"), gate.grad.square(), rtol=1e-4, atol=1e-4)
+
+
+def test_evidence_follows_a_cut() -> None:
+    network, x = mlp()
+    groups = find_groups(network, x)
+    recorder = Recorder(network, groups, saliency=True)
+    with recorder.recording():
+        network(x).sum().backward()
+    recorder.observe_gradients()
+    keep = torch.tensor([True, False, True, True, False, True])
+    covariance, saliency = recorder.moments["0"][0].covariance[keep][:, keep], recorder.mean_saliency("0")[keep]
+    plan = Plan({"0": keep})
+    remove_units(network, groups, plan)
+    recorder.keep(renumber(groups, plan), plan)
+    torch.testing.assert_close(recorder.moments["0"][0].covariance, covariance)
+    assert torch.equal(recorder.mean_saliency("0"), saliency)
+    with recorder.recording():
+        network(x)
+    assert len(recorder.moments["0"][0].total) == 4
+
+
+def test_rows_and_gradients_line_up() -> None:
+    network, x = mlp()
+    (group,) = find_groups(network, x)
+    network(x).sum().backward()
+    first, third = network[0], network[2]
+    torch.testing.assert_close(rows(network, group), torch.cat([first.weight, first.bias[:, None]], 1))
+    torch.testing.assert_close(rows(network, group, "in"), third.weight.T)
+    torch.testing.assert_close(gradients(network, group), torch.cat([first.weight.grad, first.bias.grad[:, None]], 1))
