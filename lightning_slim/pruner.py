@@ -1,0 +1,388 @@
+"""Record -> score -> select -> cut -> migrate. Reads like a learning-rate scheduler, and needs no Trainer."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_slim.budgets import Budget, MACs
+from lightning_slim.costs import Costs
+from lightning_slim.history import History, PruningEvent
+from lightning_slim.profile import count_macs
+from lightning_slim.recording import Recorder
+from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.scores import Evidence, Reading, Score
+from lightning_slim.selection import Selection, comparable, plan_for
+from lightning_slim.statistics import least_squares_image
+from lightning_slim.surgery import Example, Survey, migrate, remove_units, restore, survey
+from lightning_slim.surgery.compensate import fold
+from lightning_slim.surgery.groups import as_example
+from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
+
+Compensate = Literal["none", "least_squares"]
+Skip = Sequence[str | type[nn.Module]]
+
+
+class NoEffectWarning(UserWarning):
+    """Nothing was removed where something should have been."""
+
+
+class Pruner:
+    """Removes units from a model while it trains.
+
+    Args:
+        model: the module whose tensors the optimizer holds.
+        score: says how important each unit is.
+        budget: the fraction of the original that may remain in the end.
+        schedule: how much of the removal is done by when.
+        selection: which units go, given their importance.
+        skip: what stays whole: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
+        compensate: `"least_squares"` folds the removed units into those that stay before each cut; `"none"` drops them.
+        seed: of scores that draw.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(net.parameters())
+        >>> pruner = Pruner(net, Magnitude(), Units(0.5), OneShot(at=0.5), compensate="none")
+        >>> pruner.prepare(torch.randn(2, 4))
+        >>> print(pruner.plan(progress=0.5))
+        0: keeps 4 of 8 units
+        >>> print(pruner.step(progress=0.5, optimizers=[optimizer]))
+        step 0: 4 units removed, 50.0% left (50.0% asked), 30 params, 48 MACs
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        score: Score,
+        budget: Budget | None = None,
+        schedule: Schedule | None = None,
+        *,
+        selection: Selection | None = None,
+        skip: Skip = (),
+        compensate: Compensate = "least_squares",
+        seed: int = 0,
+    ) -> None:
+        if compensate not in ("none", "least_squares"):
+            raise ValueError(f'Expected `compensate` to be "none" or "least_squares", got {compensate!r}.')
+        self.model = model
+        self.score = score
+        self.budget = budget or MACs(0.5)
+        self.schedule = schedule or Cubic()
+        self.selection = selection or Selection()
+        self.skip = tuple(skip)
+        self.compensate = compensate
+        self.seed = seed
+        self.history = History()
+        self.left_whole: dict[str, str] = {}
+        self.groups: list[UnitGroup] = []
+        self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
+        self._original_shapes: dict[str, list[int]] = {}
+        self._shapes: dict[str, list[int]] = {}  # as this pruner left them
+        self._costs: Costs | None = None
+        self._recorder: Recorder | None = None
+        check_skip(model, self.skip)
+
+    # --- look ---
+
+    def prepare(self, example_inputs: Any = None, networks: Mapping[str, Any] | None = None) -> None:
+        """Finds what can be removed, and checks that the budget can be reached.
+
+        Args:
+            example_inputs: one call of the model: a tensor, a tuple of arguments or a dict of keyword arguments.
+            networks: instead, one call for each of several submodules: dotted name -> example inputs.
+
+        Raises:
+            ValueError: nothing can be removed, or not enough.
+        """
+        calls = {"": as_example(example_inputs)} if networks is None else _examples(networks)
+        found = _survey_all(self.model, calls)
+        self.left_whole = found.left_whole
+        self.groups = [group for group in found.groups if self._wanted(group)]
+        if not self.groups:
+            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items()) or "it has no layers"
+            raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons}.")
+        layer_macs = {
+            _join(root, layer): macs
+            for root, call in calls.items()
+            for layer, macs in count_macs(self.model.get_submodule(root), call.args, call.kwargs).items()
+        }
+        self._costs = Costs.of(self.model, self.groups, layer_macs)
+        self._original_index = {group.name: torch.arange(group.size) for group in self.groups}
+        self._original_shapes = self._shapes = _shapes(self.model, self.groups)
+        self._check_reachable()
+        self._recorder = self._new_recorder()
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model still has the shapes that this pruner left it with."""
+        return self._shapes == _shapes(self.model, self.groups)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the groups are known."""
+        return self._costs is not None
+
+    @property
+    def costs(self) -> Costs:
+        """Costs of any widths."""
+        if self._costs is None:
+            raise RuntimeError("Expected a prepared pruner: call `prepare` with example inputs first.")
+        return self._costs
+
+    @property
+    def recorder(self) -> Recorder:
+        """Where evidence is gathered."""
+        if self._recorder is None:
+            raise RuntimeError("Expected a prepared pruner: call `prepare` with example inputs first.")
+        return self._recorder
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Group -> units left."""
+        return {group.name: group.size for group in self.groups}
+
+    @property
+    def original_shapes(self) -> dict[str, list[int]]:
+        """Tensor -> its shape before anything was cut, of every tensor that a group touches, under every name."""
+        return self._original_shapes
+
+    @property
+    def cut_tensors(self) -> list[str]:
+        """Names of all tensors that have another shape than in the original."""
+        tensors = named_tensors(self.model)
+        return [name for name, shape in self._original_shapes.items() if list(tensors[name].shape) != shape]
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Every forward pass of the model within is recorded, as one step."""
+        return self.recorder.recording()
+
+    def asked(self, progress: float) -> float:
+        """Fraction of the original budget that is to remain at `progress`."""
+        return 1 - (1 - self.budget.fraction) * self.schedule(progress)
+
+    def asks(self, progress: float) -> bool:
+        """Whether more is left than is asked for at `progress`."""
+        return self.budget.remaining(self.costs, self.widths) > self.asked(progress) + 1e-12
+
+    def plan(self, progress: float) -> Plan:
+        """What would go now: look before you cut."""
+        return self._plan(progress, self._score())
+
+    # --- cut ---
+
+    def step(self, progress: float, optimizers: Iterable[Optimizer] = (), global_step: int = 0) -> PruningEvent | None:
+        """Removes what is due at `progress`; the optimizers go along.
+
+        If anything fails, model and optimizers are as they were.
+
+        Args:
+            progress: fraction of the run that is done.
+            optimizers: all optimizers that hold parameters of the model.
+            global_step: for the history.
+
+        Returns:
+            What was done; None if nothing was due.
+        """
+        if not self.asks(progress):
+            return None
+        importance = self._score()
+        plan = self._plan(progress, importance)
+        if not plan.removed:
+            if self.schedule(progress) == 1:
+                warnings.warn(
+                    f"Nothing was removed at {progress:.0%} of the run, though only {self.asked(progress):.1%} should "
+                    "remain: every group is as small as `round_to` and the floor of two units allow.",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
+            return None
+        with ExitStack() as undo:
+            if self.compensate == "least_squares":
+                for put_back in self._fold(plan):
+                    undo.callback(put_back)
+            cuts = remove_units(self.model, self.groups, plan)
+            undo.callback(restore, self.model, cuts)
+            migrate(optimizers, cuts)
+            undo.pop_all()
+        return self._remember(progress, global_step, plan, importance)
+
+    def _score(self) -> dict[str, Float[Tensor, "units"]]:
+        scores = {group.name: self.score(self._evidence(group)).importance for group in self.groups}
+        for name, importance in scores.items():
+            if not bool(importance.isfinite().all()):
+                raise ValueError(
+                    f"Expected finite importance, got NaN or infinity from {type(self.score).__name__} for {name}: "
+                    "look for NaN in the activations or gradients."
+                )
+        return scores
+
+    def _plan(self, progress: float, importance: Mapping[str, Tensor]) -> Plan:
+        across = {name: comparable(values) for name, values in importance.items()}
+        widths = self.selection.fit(self.asked(progress), self.budget, self.costs, self.widths, across)
+        return plan_for(widths, importance)
+
+    def _evidence(self, group: UnitGroup) -> Evidence:
+        tensors = named_tensors(self.model)
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
+        )
+        moments = self.recorder.moments[group.name] if "moments" in self.score.needs else []
+        return Evidence(
+            weights=rows(self.model, group, role=None).detach(),
+            readings=tuple(
+                Reading(m, columns(tensors[r.span.tensor].detach(), r.span))
+                for m, r in zip(moments, group.readers, strict=False)
+                if m is not None
+            ),
+            saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
+            generator=generator,
+        )
+
+    def _fold(self, plan: Plan) -> Iterator[Callable[[], None]]:
+        for group in (group for group in self.groups if group.name in plan):
+            keep = plan[group.name]
+            for moments, reader in zip(self.recorder.moments[group.name], group.readers, strict=True):
+                if moments is not None:
+                    width = len(moments.total) // group.size  # the present is the first of a unit's columns
+                    kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
+                    image = least_squares_image(moments, kept, gone, intercept=reader.offset is not None)
+                    yield fold(self.model, reader, keep, image)
+
+    def _remember(self, progress: float, step: int, plan: Plan, importance: Mapping[str, Tensor]) -> PruningEvent:
+        removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
+        self._original_index.update({name: self._original_index[name][keep] for name, keep in plan.items()})
+        self.groups = renumber(self.groups, plan)
+        self._shapes = _shapes(self.model, self.groups)
+        self.recorder.keep(self.groups, plan)
+        event = PruningEvent(
+            step=step,
+            progress=progress,
+            asked=self.asked(progress),
+            reached=self.budget.remaining(self.costs, self.widths),
+            params=self.costs.params(self.widths),
+            macs=self.costs.macs(self.widths),
+            widths=self.widths,
+            removed=removed,
+            importance={name: values.tolist() for name, values in importance.items()},
+        )
+        self.history.events.append(event)
+        return event
+
+    # --- find ---
+
+    def _wanted(self, group: UnitGroup) -> bool:
+        if any(skips(entry, name, self.model.get_submodule(name)) for name in group.layers for entry in self.skip):
+            self.left_whole[group.name] = "it is skipped"
+            return False
+        if "moments" in self.score.needs and not group.readers:
+            self.left_whole[group.name] = "no linear layer or convolution reads it, so its effect cannot be recorded"
+            return False
+        return True
+
+    def _check_reachable(self) -> None:
+        everything = {group.name: torch.ones(group.size) for group in self.groups}
+        smallest = self.selection.widths(0.0, self.costs.original, self.costs.original, everything)
+        closest = self.budget.remaining(self.costs, smallest)
+        if closest > self.budget.fraction:
+            raise ValueError(
+                f"Expected a budget that can be reached, got {self.budget}: with everything removable gone, "
+                f"{closest:.1%} remains. Ask for at least "
+                f"{type(self.budget).__name__}({math.ceil(1000 * closest) / 1000}), skip less, or lower `round_to`."
+            )
+
+    def _new_recorder(self) -> Recorder:
+        moments = "moments" in self.score.needs or self.compensate == "least_squares"
+        return Recorder(
+            self.model, self.groups, self.score.lags, moments=moments, saliency="saliency" in self.score.needs
+        )
+
+    # --- save ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, as tensors and plain data (`torch.load(weights_only=True)` reads it)."""
+        if not self.prepared:
+            return {}
+        return {
+            "groups": [to_state(group) for group in self.groups],
+            "left_whole": dict(self.left_whole),
+            "original_index": dict(self._original_index),
+            "original_shapes": dict(self._original_shapes),
+            "costs": self.costs.to_state(),
+            "history": self.history.to_state(),
+            "recorder": self.recorder.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; the model must have the shapes that it had then."""
+        if not state:
+            return
+        self.groups = [from_state(group) for group in state["groups"]]
+        self.left_whole = dict(state["left_whole"])
+        self._original_index = {name: index.cpu() for name, index in state["original_index"].items()}
+        self._original_shapes = dict(state["original_shapes"])
+        self._shapes = _shapes(self.model, self.groups)
+        self._costs = Costs.from_state(state["costs"])
+        self.history = History.from_state(state["history"])
+        self._recorder = self._new_recorder()
+        self._recorder.load_state_dict(state["recorder"])
+
+
+def check_skip(model: nn.Module, skip: Skip) -> None:
+    """Raises a ValueError if an entry of `skip` names no layer of the model."""
+    modules = dict(model.named_modules())
+    for entry in skip:
+        if not any(skips(entry, name, module) for name, module in modules.items()):
+            raise ValueError(
+                f"Expected `skip` to name layers, patterns or types of {type(model).__name__}, got {entry!r}: "
+                f"its layers are {', '.join(name for name in modules if name)}."
+            )
+
+
+def skips(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+    """Whether an entry of `skip` means a layer: by type or its name, by the layer's or a parent's name, by pattern."""
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    classes = {n for c in type(module).__mro__[:-1] for n in (c.__name__, f"{c.__module__}.{c.__qualname__}")}
+    return entry in classes - {"Module"} or fnmatch.fnmatch(name, entry) or name.startswith(f"{entry}.")
+
+
+def _survey_all(model: nn.Module, calls: Mapping[str, Example]) -> Survey:
+    """Surveys several networks of one model; what is also called on its own is found there, and only there."""
+    result = Survey()
+    for root, call in calls.items():
+        nested = [other for other in calls if other != root and (not root or other.startswith(f"{root}."))]
+        prefix = f"{root}." if root else ""
+        found = survey(model.get_submodule(root), call, prefix)
+        result.left_whole.update(found.left_whole)
+        for group in found.groups:
+            if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
+                result.left_whole[group.name] = "it lies in a network that is also called on its own"
+            else:
+                result.groups.append(group)
+    return result
+
+
+def _examples(networks: Mapping[str, Any]) -> dict[str, Example]:
+    return {name: as_example(inputs) for name, inputs in networks.items()}
+
+
+def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:
+    """Shapes of all tensors that some groups touch, under every name they have."""
+    tensors = named_tensors(model)
+    touched = {id(tensors[span.tensor]) for group in groups for span in group.spans}
+    return {name: list(tensor.shape) for name, tensor in tensors.items() if id(tensor) in touched}
+
+
+def _join(root: str, layer: str) -> str:
+    return f"{root}.{layer}" if root and layer else root or layer
