@@ -1,0 +1,7 @@
+"""Lightning callbacks: thin, no arithmetic."""
+
+from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.granger_prune import GrangerPrune
+from lightning_slim.callbacks.prune import Prune
+
+__all__ = ["GrangerPrune", "Prune", "SlimCallback"]

@@ -1,0 +1,50 @@
+"""The method the package is named for, with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_slim.budgets import Budget, MACs
+from lightning_slim.callbacks.prune import Prune
+from lightning_slim.pruner import Compensate
+from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.scores import Granger
+from lightning_slim.selection import Scope
+
+
+class GrangerPrune(Prune):
+    """Keeps the units whose present and past together best predict what their readers compute, and folds the rest in.
+
+    Conditional Granger selection and least-squares fold come from one Gram matrix per reader, streamed while the model
+    trains. The arguments are those of `Prune`; `lags` is that of the `Granger` score.
+    """
+
+    def __init__(
+        self,
+        budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
+        schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
+        lags: int = 1,
+        scope: Scope = "local",
+        round_to: int = 1,
+        skip: Sequence[str | type[nn.Module]] = (),
+        compensate: Compensate = "least_squares",
+        recovery_epochs: float = 1.0,
+        record_every_n_steps: int = 10,
+        seed: int = 0,
+        print_report: bool = True,
+    ) -> None:
+        super().__init__(
+            Granger(lags),
+            budget=budget,
+            schedule=schedule,
+            scope=scope,
+            round_to=round_to,
+            skip=skip,
+            compensate=compensate,
+            recovery_epochs=recovery_epochs,
+            record_every_n_steps=record_every_n_steps,
+            seed=seed,
+            print_report=print_report,
+        )

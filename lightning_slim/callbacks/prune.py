@@ -1,0 +1,263 @@
+"""Structural pruning while a Trainer trains."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_slim.budgets import Budget, MACs
+from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.capture import capture_calls
+from lightning_slim.history import History, PruningEvent
+from lightning_slim.pruner import Compensate, Pruner, check_skip
+from lightning_slim.report import Report, report
+from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.scores import Score
+from lightning_slim.selection import Scope, Selection
+from lightning_slim.surgery import Example, resize_to
+
+
+class Prune(SlimCallback):
+    """Removes channels and neurons while the model trains; the optimizer, schedulers and checkpoints go along.
+
+    The networks that the training step calls are found in the first batch, and with them what can be removed: no
+    example input and no output layer has to be named. Cuts happen at the start of a batch, `recovery_epochs` apart.
+
+    Args:
+        score: says how important a unit is.
+        budget: the fraction of the original that may remain in the end.
+        schedule: how much of the removal is done by which fraction of the run.
+        scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
+        round_to: widths are rounded up to multiples of this.
+        skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
+        compensate: `"least_squares"` folds the removed units into those that stay; `"none"` drops them.
+        recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch).
+        record_every_n_steps: how often evidence is recorded.
+        seed: of scores that draw.
+        print_report: whether to print and save the table of dense beside slim when the fit ends.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
+        schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
+        scope: Scope = "local",
+        round_to: int = 1,
+        skip: Sequence[str | type[nn.Module]] = (),
+        compensate: Compensate = "least_squares",
+        recovery_epochs: float = 1.0,
+        record_every_n_steps: int = 10,
+        seed: int = 0,
+        print_report: bool = True,
+    ) -> None:
+        if recovery_epochs <= 0:
+            raise ValueError(f"Expected `recovery_epochs` above 0, got {recovery_epochs}.")
+        if record_every_n_steps < 1:
+            raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
+        self.score, self.budget, self.schedule = score, budget, schedule
+        self.selection = Selection(scope, round_to)
+        self.skip, self.compensate, self.seed = skip, compensate, seed
+        self.recovery_epochs = recovery_epochs
+        self.record_every_n_steps = record_every_n_steps
+        self.print_report = print_report
+        self.networks: dict[str, Example] = {}
+        self._pruner: Pruner | None = None
+        self._point = -1  # the last point in time at which a cut was decided on
+        self._batches = 0
+        self._watching = ExitStack()
+
+    @property
+    def pruner(self) -> Pruner:
+        """What does the work; there is one once a fit was set up."""
+        if self._pruner is None:
+            raise RuntimeError("Expected a fit to be under way or over: there is no pruner before.")
+        return self._pruner
+
+    @property
+    def history(self) -> History:
+        """All cuts so far."""
+        return self.pruner.history
+
+    # --- set up, save, resume ---
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if sum(isinstance(callback, Prune) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "Expected one pruning callback, got several: each would cut the other's units."
+            )
+        if self._pruner is None or self._pruner.model is not pl_module or not self._pruner.in_step:
+            self._point, self._batches, self.networks = -1, 0, {}
+            self._pruner = Pruner(
+                pl_module,
+                self.score,
+                self.budget,
+                self.schedule,
+                selection=self.selection,
+                compensate=self.compensate,
+                seed=self.seed,
+            )
+
+    def cut_tensors(self) -> list[str]:
+        return self._pruner.cut_tensors if self._pruner is not None else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "point": self._point,
+            "batches": self._batches,
+            "pruner": self.pruner.state_dict() if self._pruner is not None else {},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._point, self._batches = state_dict["point"], state_dict["batches"]
+        self.pruner.load_state_dict(state_dict["pruner"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_skip(pl_module, self.skip)
+        self.pruner.skip = tuple(self.skip)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = epochs_in_run(trainer)
+        last = (math.ceil(run / self.recovery_epochs - 1e-9) - 1) * self.recovery_epochs / run
+        if self.schedule.end > last + 1e-9:
+            raise MisconfigurationException(
+                f"Expected a schedule that ends by {last:.2f} of the run, the last point at which units can be removed "
+                f"({run:g} epochs, cuts {self.recovery_epochs:g} apart), got {self.schedule}: end it earlier, or lower "
+                "`recovery_epochs`."
+            )
+
+    # --- train ---
+
+    # Only here, and not at the start of an epoch: a resume from a checkpoint of an epoch's last batch skips that hook.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._cut_if_due(trainer, batch_idx)
+        if not self.networks:
+            self._calls = self._watching.enter_context(capture_calls(pl_module))
+        if self.pruner.prepared and self._batches % self.record_every_n_steps == 0:
+            self._watching.enter_context(self.pruner.recording())
+        self._batches += 1
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # Gradients are whole and unscaled here, and not clipped yet.
+        recorded = (self._batches - 1) % self.record_every_n_steps == 0
+        if "saliency" in self.score.needs and self.pruner.prepared and recorded:
+            self.pruner.recorder.observe_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._watching.close()
+        if not self.networks:
+            self.networks = self._calls
+            if not self.pruner.prepared:
+                self.pruner.prepare(networks=self.networks)
+                self._announce()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._watching.close()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.pruner.prepared:
+            shown = ("slim/params_left", "slim/macs_left")
+            scalars = self._scalars(trainer)
+            pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
+            pl_module.log_dict(scalars)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.print_report and trainer.is_global_zero and self.networks:
+            table = self.report(metrics_of(trainer))
+            table.save(trainer.log_dir or trainer.default_root_dir)
+            Console().print(table)
+
+    # --- details ---
+
+    def report(self, slim_metrics: dict[str, float], dense_metrics: dict[str, float] | None = None) -> Report:
+        """Measures the model as it is now beside the model as it was.
+
+        Args:
+            slim_metrics: of the model as it is.
+            dense_metrics: of a dense model that was trained the same way, if there is one.
+        """
+        slim = self.pruner.model
+        dense = copy.deepcopy(slim)
+        resize_to(dense, self.pruner.original_shapes)
+        return report(dense, slim, networks=self.networks, dense_metrics=dense_metrics, slim_metrics=slim_metrics)
+
+    def _cut_if_due(self, trainer: Trainer, batch_idx: int) -> None:
+        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
+        point = math.floor(epochs / self.recovery_epochs + 1e-9)
+        if point <= self._point or not self.pruner.prepared:
+            return
+        # The point's own time, not the batch's: a cut that had to wait removes what it would have removed then.
+        progress = min(point * self.recovery_epochs / epochs_in_run(trainer), 1.0)
+        if self.pruner.asks(progress) and not self.pruner.recorder.ready:
+            return  # it will be, in a few batches
+        event = self.pruner.step(progress, trainer.optimizers, trainer.global_step)
+        self._point = point
+        if event is not None:
+            self._tell(trainer, event)
+
+    def _scalars(self, trainer: Trainer) -> dict[str, float]:
+        costs, widths = self.pruner.costs, self.pruner.widths
+        asked = self.history.events[-1].asked if self.history.events else 1.0
+        params, macs = costs.params(widths), costs.macs(widths)
+        return {
+            "slim/params": params,
+            "slim/macs": macs,
+            "slim/params_left": params / costs.parameters,
+            "slim/macs_left": macs / costs.macs(costs.original),
+            "slim/asked": asked,
+            "slim/reached": self.budget.remaining(costs, widths),
+            **{f"slim/units/{name}": units for name, units in widths.items()},
+        }
+
+    def _announce(self) -> None:
+        costs = self.pruner.costs
+        groups = ", ".join(f"{name} ({units})" for name, units in costs.original.items())
+        rank_zero_info(f"slim: {costs.parameters:,} params, {costs.macs(costs.original):,} MACs; can shrink: {groups}")
+        for layer, reason in self.pruner.left_whole.items():
+            rank_zero_info(f"slim: {layer} stays whole: {reason}")
+
+    def _tell(self, trainer: Trainer, event: PruningEvent) -> None:
+        rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
+        for logger in trainer.loggers:
+            logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
+
+
+def epochs_in_run(trainer: Trainer) -> float:
+    """Length of the run in epochs, be it given as `max_epochs` or as `max_steps`.
+
+    Raises:
+        MisconfigurationException: the run, or an epoch, has no end.
+    """
+    batches = trainer.num_training_batches
+    if math.isinf(batches):
+        raise MisconfigurationException(
+            "Expected epochs of a known length, got an iterable data set without one: set `limit_train_batches`."
+        )
+    limits = []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        limits.append(float(trainer.max_epochs))
+    if trainer.max_steps > 0:
+        limits.append(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches))
+    if not limits:
+        raise MisconfigurationException(
+            "Expected a run with an end, got max_epochs=-1 and max_steps=-1: a schedule is a fraction of the run."
+        )
+    return min(limits)
+
+
+def metrics_of(trainer: Trainer) -> dict[str, float]:
+    """The metrics that were logged last, without our own."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("slim/")}

@@ -1,0 +1,246 @@
+"""What a user sees of a run: logs, report, both import names; and what is refused before it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+
+from lightning_slim import Cubic, GrangerPrune, Linear, MACs, Magnitude, Prune, Units
+from lightning_slim.callbacks.base import SHARDED, refuse_what_cannot_be_cut
+from lightning_slim.profile import count_macs
+from tests.callbacks.runs import Lit, loader, trainer
+from tests.networks import Mixed, images
+
+
+def quick(**kwargs: Any) -> GrangerPrune:
+    settings = {"budget": MACs(0.5), "schedule": Linear(0.0, 0.5), "record_every_n_steps": 2, "print_report": False}
+    return GrangerPrune(**{**settings, **kwargs})
+
+
+def test_scalars_reach_tensorboard_at_every_cut_and_epoch(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lit, callback = Lit(), quick()
+    trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path)).fit(lit, loader())
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"slim/params", "slim/macs", "slim/asked", "slim/reached", "slim/units/net.c1"} <= tags
+    macs = [scalar.value for scalar in board.Scalars("slim/macs")]
+    assert macs == sorted(macs, reverse=True)
+    assert macs[-1] == sum(count_macs(lit.net, (images(0, 2)[0],)).values())
+    assert [s.value for s in board.Scalars("slim/macs_left")][-1] <= 0.5
+    assert len(macs) == len(callback.history.events) + 6  # every cut and every epoch
+
+
+def test_any_logger_will_do(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, quick(), logger=CSVLogger(tmp_path))
+    fit.fit(Lit(), loader())
+    assert "slim/units/net.fc1" in (Path(fit.log_dir) / "metrics.csv").read_text()  # type: ignore[arg-type]
+
+
+def test_the_progress_bar_shows_what_is_left(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, quick())
+    fit.fit(Lit(), loader())
+    assert fit.progress_bar_metrics["slim/macs_left"] <= 0.5
+    assert fit.progress_bar_metrics["slim/params_left"] < 1
+
+
+def test_the_report_is_printed_and_saved_when_the_fit_ends(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lit = Lit()
+    fit = trainer(tmp_path, quick(print_report=True), logger=CSVLogger(tmp_path))
+    fit.fit(lit, loader(), loader())
+    assert "CPU latency" in capsys.readouterr().out
+    saved = json.loads((Path(fit.log_dir) / "report.json").read_text())  # type: ignore[arg-type]
+    assert saved["slim"].keys() == saved["dense"].keys() == {"params", "macs", "bytes", "latency_ms", "metrics"}
+    dense = Mixed()
+    assert saved["dense"]["params"] == sum(p.numel() for p in dense.parameters())
+    assert saved["slim"]["params"] == sum(p.numel() for p in lit.parameters())
+    assert saved["dense"]["macs"] == sum(count_macs(dense, (images(0, 2)[0],)).values())
+    assert saved["slim"]["macs"] <= 0.5 * saved["dense"]["macs"]
+    assert saved["slim"]["metrics"]["val_loss"] == pytest.approx(float(fit.callback_metrics["val_loss"]))
+    assert saved["slim"]["bytes"] < saved["dense"]["bytes"]
+    assert "| MACs |" in (Path(fit.log_dir) / "report.md").read_text()  # type: ignore[arg-type]
+    assert lit.net.c1.out_channels < 8  # the dense twin was made of a copy
+
+
+class SelfCalling(Lit):
+    """Calls `self(x)`, as many modules do, in several pieces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_a_module_that_calls_itself(tmp_path: Path) -> None:
+    lit, callback = SelfCalling(), quick()
+    trainer(tmp_path, callback).fit(lit, loader())
+    assert set(callback.networks) == {""}
+    assert callback.networks[""].args[0].shape == (2, 3, 8, 8)
+    assert set(callback.pruner.widths) == {"net.c1", "net.c2", "net.up", "net.fc1"}
+    assert callback.history.events[-1].reached <= 0.5
+
+
+class TorchLightning(pytorch_lightning.LightningModule):
+    """A module of the other import name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Mixed()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_pytorch_lightning_is_served_as_well(tmp_path: Path) -> None:
+    from lightning_slim import load_from_checkpoint
+
+    lit, callback = TorchLightning(), quick(schedule=Linear(0.0, 0.3))
+    settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    checkpoints = pytorch_lightning.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    logger = pytorch_lightning.loggers.CSVLogger(tmp_path)
+    fit = pytorch_lightning.Trainer(max_epochs=6, callbacks=[callback, checkpoints], logger=logger, **settings)
+    fit.fit(lit, loader())
+    assert callback.history.events[-1].reached <= 0.5
+    resumed, again = TorchLightning(), quick(schedule=Linear(0.0, 0.3))
+    fit = pytorch_lightning.Trainer(max_epochs=6, callbacks=[again], logger=False, **settings)
+    fit.fit(resumed, loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(lit.parameters(), resumed.parameters(), strict=True))
+    assert load_from_checkpoint(TorchLightning, tmp_path / "epoch=5.ckpt").net.c1.out_channels < 8
+
+
+def test_fractions_of_an_epoch_between_cuts(tmp_path: Path) -> None:
+    callback = quick(recovery_epochs=0.25, budget=Units(0.5), record_every_n_steps=1)
+    trainer(tmp_path, callback, max_epochs=2).fit(Lit(), loader(64, 4))
+    assert [event.step % 4 for event in callback.history.events] == [0] * len(callback.history.events)
+    assert len(callback.history.events) == 4
+    assert callback.history.events[-1].progress == pytest.approx(0.5)
+
+
+def test_runs_given_in_steps(tmp_path: Path) -> None:
+    callback = quick(budget=Units(0.5))
+    trainer(tmp_path, callback, max_epochs=-1, max_steps=24).fit(Lit(), loader())
+    assert callback.history.events[-1].progress == pytest.approx(0.5)
+    assert callback.history.events[-1].reached <= 0.5
+
+
+# --- refused before training ---
+
+
+def fit_fails(
+    folder: Path, callback: Prune, message: str, lit: Any = None, error: type = ValueError, **kwargs: Any
+) -> None:
+    lit = lit or Lit()
+    shapes = [p.shape for p in lit.parameters()]
+    with pytest.raises(error, match=message):
+        trainer(folder, callback, **kwargs).fit(lit, loader())
+    assert [p.shape for p in lit.parameters()] == shapes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in lit.modules())
+
+
+def test_an_unknown_layer_in_skip(tmp_path: Path) -> None:
+    fit_fails(tmp_path, quick(skip=["net.c9"]), "got 'net.c9': its layers are net, net.c1")
+
+
+def test_a_schedule_that_ends_after_the_last_cut(tmp_path: Path) -> None:
+    fit_fails(tmp_path, quick(schedule=Cubic(0.5, 1.0)), "ends by 0.83 of the run", error=MisconfigurationException)
+
+
+def test_an_endless_run(tmp_path: Path) -> None:
+    fit_fails(tmp_path, quick(), "a run with an end", error=MisconfigurationException, max_epochs=-1)
+
+
+def test_a_model_with_nothing_to_prune(tmp_path: Path) -> None:
+    class Alone(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))  # type: ignore[assignment]
+
+    fit_fails(tmp_path, quick(), "Nothing can be removed from Alone", Alone())
+
+
+def test_a_budget_out_of_reach(tmp_path: Path) -> None:
+    fit_fails(tmp_path, quick(budget=MACs(0.01)), "Ask for at least")
+
+
+def test_more_lags_than_steps(tmp_path: Path) -> None:
+    class Series(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(  # type: ignore[assignment]
+                nn.Flatten(2), nn.Conv1d(3, 8, 61), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(16, 5)
+            )
+
+    fit_fails(tmp_path, quick(lags=4, record_every_n_steps=1), "4 lags need at least 5 steps, got 4", Series())
+
+
+def test_a_scripted_module(tmp_path: Path) -> None:
+    lit = Lit()
+    with pytest.warns(DeprecationWarning, match="script"):
+        lit.net = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))  # type: ignore[assignment]
+    fit_fails(tmp_path, quick(), "scripted module 'net'", lit, MisconfigurationException)
+
+
+def test_a_compiled_module(tmp_path: Path) -> None:
+    lit = Lit()
+    lit.net = torch.compile(lit.net)  # type: ignore[assignment]
+    fit_fails(tmp_path, quick(), "compiled module 'net'", lit, MisconfigurationException)
+
+
+@pytest.mark.parametrize("name", sorted(SHARDED))
+def test_sharded_strategies(name: str) -> None:
+    fake = Mock(strategy=type(name, (), {})(), world_size=2)
+    with pytest.raises(MisconfigurationException, match=f"got {name}: its shards cannot be cut"):
+        refuse_what_cannot_be_cut(fake, Lit())
+
+
+def test_several_processes() -> None:
+    with pytest.raises(MisconfigurationException, match="Expected one process, got 2"):
+        refuse_what_cannot_be_cut(Mock(strategy=object(), world_size=2), Lit())
+
+
+def test_two_pruning_callbacks(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="one pruning callback"):
+        trainer(tmp_path, quick(), Prune(Magnitude())).fit(Lit(), loader())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"recovery_epochs": 0}, "recovery_epochs"),
+        ({"record_every_n_steps": 0}, "record_every_n_steps"),
+        ({"scope": "everywhere"}, "scope"),
+        ({"round_to": 0}, "round_to"),
+        ({"lags": -1}, "lags"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GrangerPrune(**kwargs)
+
+
+def test_early_best_model_and_pruning_together(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    fit = trainer(tmp_path, quick(), best)
+    fit.fit(Lit(), loader(), loader())
+    assert isinstance(fit, pl.Trainer)
+    assert fit.test(dataloaders=loader(), ckpt_path="best", verbose=False)
