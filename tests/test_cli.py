@@ -1,0 +1,101 @@
+"""The console script, from YAML: what the demo does, on fewer epochs; and every type that YAML may name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_slim.budgets import Budget
+from lightning_slim.callbacks import GrangerPrune, Prune
+from lightning_slim.cli import main
+from lightning_slim.schedules import Schedule
+from lightning_slim.scores import Score
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The demo's configuration, made small."""
+    monkeypatch.chdir(ROOT)
+    demo = yaml.safe_load((ROOT / "configs" / "digits_granger_prune.yaml").read_text())
+    demo["model"]["init_args"] = {"channels": 16, "layers": 3}
+    demo["trainer"] |= {"max_epochs": 4, "limit_train_batches": 6}
+    demo["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "logs")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(demo))
+    return path
+
+
+def test_the_demo_trains_both_models_and_reports(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["fit", "--config", str(config)])
+    out = capsys.readouterr().out
+    assert "Dense model: test_loss" in out
+    assert "tensorboard --logdir" in out
+    (path,) = (tmp_path / "logs").rglob("report.json")
+    report = json.loads(path.read_text())
+    assert report["slim"]["macs"] <= 0.4 * report["dense"]["macs"]
+    assert report["dense"]["metrics"].keys() == report["slim"]["metrics"].keys() == {"test_loss", "test_acc"}
+    assert path.with_name("report.md").exists()
+    runs = list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    assert len({run.parent for run in runs}) == 2  # dense and slim
+
+
+def test_without_a_baseline_only_the_slim_model_is_trained(config: Path, tmp_path: Path) -> None:
+    main(["fit", "--config", str(config), "--baseline", "false"])
+    (path,) = (tmp_path / "logs").rglob("report.json")
+    report = json.loads(path.read_text())
+    assert report["dense"]["metrics"] == {}
+    assert "test_acc" in report["slim"]["metrics"]
+
+
+def test_a_slim_checkpoint_is_tested_from_the_command_line(config: Path, tmp_path: Path, capsys) -> None:
+    main(["fit", "--config", str(config), "--baseline", "false"])
+    (checkpoint,) = (tmp_path / "logs").rglob("*.ckpt")
+    main(["test", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    assert "test_acc" in capsys.readouterr().out
+
+
+EVERY = [*Score.__subclasses__(), *Schedule.__subclasses__(), *Budget.__subclasses__()]
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+def test_every_open_choice_goes_through_yaml(kind: type) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Prune, "callback")
+    argument = {Score: "score", Schedule: "schedule", Budget: "budget"}[kind.__mro__[1]]
+    arguments = {"score": {"class_path": "lightning_slim.Magnitude"}} | {
+        argument: {"class_path": f"{kind.__module__}.{kind.__name__}"}
+    }
+    written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})
+    parsed = parser.parse_string(written)
+    again = parser.parse_string(parser.dump(parsed))
+    callback = parser.instantiate_classes(again).callback
+    assert getattr(callback, argument) == kind()
+
+
+def test_granger_prune_with_its_defaults_goes_through_yaml() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(GrangerPrune, "callback")
+    text = "callback: {class_path: lightning_slim.GrangerPrune, init_args: {skip: [net.0, Conv2d], round_to: 8}}"
+    callback = parser.instantiate_classes(parser.parse_string(text)).callback
+    assert isinstance(callback, GrangerPrune)
+    assert (list(callback.skip), callback.selection.round_to) == (["net.0", "Conv2d"], 8)
+
+
+def test_the_demos_network_is_causal() -> None:
+    from examples.digits import SequenceClassifier
+
+    network = SequenceClassifier(8, 3).net[:-3].eval()
+    a, b = torch.randn(2, 1, 1, 64)
+    b[:, :, :40] = a[:, :, :40]
+    assert torch.equal(network(a)[:, :, :40], network(b)[:, :, :40])
+    assert not torch.equal(network(a)[:, :, 40:], network(b)[:, :, 40:])

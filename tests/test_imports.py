@@ -1,0 +1,83 @@
+"""Imports point down, and importing the package loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lightning_slim"
+
+# What each part may import of the package. A part is a folder or a file of the package's first level.
+MAY_IMPORT = {
+    "units": set(),
+    "statistics": set(),
+    "schedules": set(),
+    "profile": set(),
+    "history": set(),
+    "scores": {"statistics"},
+    "costs": {"units"},
+    "budgets": {"costs"},
+    "selection": {"budgets", "costs", "units"},
+    "recording": {"statistics", "units"},
+    "surgery": {"units"},
+    "capture": {"surgery"},
+    "checkpoint": {"surgery"},
+    "report": {"profile", "surgery"},
+    "pruner": {
+        "budgets", "costs", "history", "profile", "recording", "schedules", "scores", "selection", "statistics",
+        "surgery", "units",
+    },
+    "callbacks": {
+        "budgets", "capture", "checkpoint", "history", "pruner", "report", "schedules", "scores", "selection",
+        "surgery",
+    },
+    "cli": {"callbacks"},
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, at any depth."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("lightning_slim.")}
+    assert own - {part(path)} <= MAY_IMPORT[part(path)]
+
+
+def test_lightning_lives_in_callbacks_and_cli_only() -> None:
+    users = {part(path) for path in FILES if any(name.split(".")[0] == "lightning" for name in imports(path))}
+    assert users == {"callbacks", "cli"}
+
+
+def test_one_file_knows_torch_pruning() -> None:
+    users = [path.name for path in FILES if any(name.startswith("torch_pruning") for name in imports(path))]
+    assert users == ["graph.py"]
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = {"torch_pruning", "torchao", "onnx", "sklearn", "matplotlib", "torchvision"}
+    code = f"import sys, lightning_slim; print([m for m in sys.modules if m in {heavy}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_exists() -> None:
+    import lightning_slim
+
+    assert sorted(lightning_slim.__all__) == lightning_slim.__all__
+    assert all(hasattr(lightning_slim, name) for name in lightning_slim.__all__)
