@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
@@ -23,14 +22,14 @@ from lightning_slim.recording import Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
+from lightning_slim.skipping import Skip, check_skip, skips
 from lightning_slim.statistics import least_squares_image
-from lightning_slim.surgery import Example, Survey, migrate, remove_units, restore, survey
+from lightning_slim.surgery import migrate, remove_units, restore
 from lightning_slim.surgery.compensate import fold
-from lightning_slim.surgery.groups import as_example
+from lightning_slim.surgery.groups import as_example, survey_networks
 from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 
 Compensate = Literal["none", "least_squares"]
-Skip = Sequence[str | type[nn.Module]]
 
 
 class NoEffectWarning(UserWarning):
@@ -105,8 +104,12 @@ class Pruner:
         Raises:
             ValueError: nothing can be removed, or not enough.
         """
-        calls = {"": as_example(example_inputs)} if networks is None else _examples(networks)
-        found = _survey_all(self.model, calls)
+        calls = (
+            {"": as_example(example_inputs)}
+            if networks is None
+            else {name: as_example(inputs) for name, inputs in networks.items()}
+        )
+        found = survey_networks(self.model, calls)
         self.left_whole = found.left_whole
         self.groups = [group for group in found.groups if self._wanted(group)]
         if not self.groups:
@@ -336,45 +339,6 @@ class Pruner:
         self.history = History.from_state(state["history"])
         self._recorder = self._new_recorder()
         self._recorder.load_state_dict(state["recorder"])
-
-
-def check_skip(model: nn.Module, skip: Skip) -> None:
-    """Raises a ValueError if an entry of `skip` names no layer of the model."""
-    modules = dict(model.named_modules())
-    for entry in skip:
-        if not any(skips(entry, name, module) for name, module in modules.items()):
-            raise ValueError(
-                f"Expected `skip` to name layers, patterns or types of {type(model).__name__}, got {entry!r}: "
-                f"its layers are {', '.join(name for name in modules if name)}."
-            )
-
-
-def skips(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
-    """Whether an entry of `skip` means a layer: by type or its name, by the layer's or a parent's name, by pattern."""
-    if isinstance(entry, type):
-        return isinstance(module, entry)
-    classes = {n for c in type(module).__mro__[:-1] for n in (c.__name__, f"{c.__module__}.{c.__qualname__}")}
-    return entry in classes - {"Module"} or fnmatch.fnmatch(name, entry) or name.startswith(f"{entry}.")
-
-
-def _survey_all(model: nn.Module, calls: Mapping[str, Example]) -> Survey:
-    """Surveys several networks of one model; what is also called on its own is found there, and only there."""
-    result = Survey()
-    for root, call in calls.items():
-        nested = [other for other in calls if other != root and (not root or other.startswith(f"{root}."))]
-        prefix = f"{root}." if root else ""
-        found = survey(model.get_submodule(root), call, prefix)
-        result.left_whole.update(found.left_whole)
-        for group in found.groups:
-            if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
-                result.left_whole[group.name] = "it lies in a network that is also called on its own"
-            else:
-                result.groups.append(group)
-    return result
-
-
-def _examples(networks: Mapping[str, Any]) -> dict[str, Example]:
-    return {name: as_example(inputs) for name, inputs in networks.items()}
 
 
 def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:

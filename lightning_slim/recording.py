@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lightning_slim.statistics import Moments, with_lags
 from lightning_slim.units import Reader, UnitGroup, gradients, rows
 
-MAX_ROWS = 8192  # of one batch: a convolution has a row for every pixel, many more than a mean needs
+# Rows of one batch, for each column: a convolution has a row for every pixel, many more than second moments need.
+ROWS_PER_COLUMN = 4
+MIN_ROWS = 1024
 
 
 class Recorder:
@@ -74,7 +76,8 @@ class Recorder:
         """Adds what one reader was given to the moments."""
         units = reader.span.index.shape[0]
         table = _rows(inputs.detach(), reader, self._width(reader), self.lags)
-        table = table[:: -(-len(table) // MAX_ROWS)]
+        enough = max(MIN_ROWS, ROWS_PER_COLUMN * table.shape[1] * table.shape[2])
+        table = table[:: -(-len(table) // enough)]
         moments = self.moments[name][slot]
         if moments is None:
             moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
@@ -149,7 +152,10 @@ def _rows(inputs: Tensor, reader: Reader, width: int, lags: int) -> Float[Tensor
     Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows.
     """
     index = torch.cat([reader.span.index + chunk * width for chunk in range(reader.chunks)], dim=1)
-    units = inputs.movedim(reader.axis, -1)[..., index.to(inputs.device)]  # ..., units, positions
+    channels = inputs.movedim(reader.axis, -1)
+    everything = index.shape == (channels.shape[-1], 1) and torch.equal(index[:, 0], torch.arange(len(index)))
+    # ..., units, positions; nothing is gathered where unit u simply is channel u
+    units = channels.unsqueeze(-1) if everything else channels[..., index.to(inputs.device)]
     if lags and units.ndim == 4:  # item, step, units, positions: a Conv1d, or a linear layer on (item, step, channel)
         series = units.permute(0, 3, 1, 2).flatten(0, 1)
         return with_lags(series, lags)

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "schedules": set(),
     "profile": set(),
     "history": set(),
+    "skipping": set(),
     "scores": {"statistics"},
     "costs": {"units"},
     "budgets": {"costs"},
@@ -28,12 +29,12 @@ MAY_IMPORT = {
     "checkpoint": {"surgery"},
     "report": {"profile", "surgery"},
     "pruner": {
-        "budgets", "costs", "history", "profile", "recording", "schedules", "scores", "selection", "statistics",
-        "surgery", "units",
+        "budgets", "costs", "history", "profile", "recording", "schedules", "scores", "selection", "skipping",
+        "statistics", "surgery", "units",
     },
     "callbacks": {
         "budgets", "capture", "checkpoint", "history", "pruner", "report", "schedules", "scores", "selection",
-        "surgery",
+        "skipping", "surgery",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

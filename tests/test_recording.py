@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_slim import find_groups, remove_units
-from lightning_slim.recording import MAX_ROWS, Recorder
+from lightning_slim.recording import MIN_ROWS, Recorder
 from lightning_slim.units import Plan, gradients, renumber, rows
 from tests.surgery.test_cut import NETWORKS, Net, conv
 
@@ -75,7 +75,7 @@ def test_large_images_are_thinned_out() -> None:
     recorder = Recorder(network, find_groups(network, x[:1]))
     with recorder.recording():
         network(x)
-    assert MAX_ROWS / 2 < recorder.moments["a"][0].count <= MAX_ROWS
+    assert MIN_ROWS / 2 < recorder.moments["a"][0].count <= MIN_ROWS
 
 
 def test_nothing_is_hooked_outside_of_recording() -> None:

@@ -66,7 +66,7 @@ def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> N
                 f"Expected eager modules, got the scripted module {name!r}: its layers cannot be seen. "
                 "Script it after training."
             )
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if type(module).__name__ == "OptimizedModule":  # by name: torch._dynamo is slow to import
             raise MisconfigurationException(
                 f"Expected eager modules, got the compiled module {name!r}: recording hooks do not fire in it. "
                 "Compile it after training."

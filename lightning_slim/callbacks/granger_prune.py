@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import nn
-
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.prune import Prune
 from lightning_slim.pruner import Compensate
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Granger
 from lightning_slim.selection import Scope
+from lightning_slim.skipping import Skip
 
 
 class GrangerPrune(Prune):
@@ -28,7 +25,7 @@ class GrangerPrune(Prune):
         lags: int = 1,
         scope: Scope = "local",
         round_to: int = 1,
-        skip: Sequence[str | type[nn.Module]] = (),
+        skip: Skip = (),
         compensate: Compensate = "least_squares",
         recovery_epochs: float = 1.0,
         record_every_n_steps: int = 10,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,18 +11,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.capture import capture_calls
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.pruner import Compensate, Pruner, check_skip
+from lightning_slim.pruner import Compensate, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
+from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import Example, resize_to
 
 
@@ -54,7 +53,7 @@ class Prune(SlimCallback):
         schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
         scope: Scope = "local",
         round_to: int = 1,
-        skip: Sequence[str | type[nn.Module]] = (),
+        skip: Skip = (),
         compensate: Compensate = "least_squares",
         recovery_epochs: float = 1.0,
         record_every_n_steps: int = 10,

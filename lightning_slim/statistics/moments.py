@@ -33,6 +33,7 @@ class Moments:
         self.second: Float[Tensor, "columns columns"] = torch.zeros(
             columns, columns, dtype=torch.float64, device=self.device
         )
+        self._fading = 1.0  # a decay that is not carried out yet: the next update does it in the same pass
 
     @torch.no_grad()
     def update(self, rows: Float[Tensor, "rows columns"]) -> None:
@@ -42,20 +43,27 @@ class Moments:
         mean = rows.mean(0)
         centred = rows - mean
         mean = mean.to(self.device, torch.float64)
-        self.count += n
-        self.total += n * mean
-        self.second += (centred.T @ centred).to(self.device, torch.float64) + n * torch.outer(mean, mean)
+        self.count.mul_(self._fading).add_(n)
+        self.total.mul_(self._fading).add_(mean, alpha=n)
+        self.second.addr_(mean, mean, beta=self._fading, alpha=n).add_((centred.T @ centred).to(self.device))
+        self._fading = 1.0
 
     def merge(self, other: Moments) -> None:
         """Adds another stream of the same columns."""
-        self.count += other.count
-        self.total += other.total
-        self.second += other.second
+        for mine, theirs in zip(self._settled(), other._settled(), strict=True):
+            mine += theirs
 
     def decay(self, factor: float) -> None:
         """Forgets: what was seen so far counts only `factor` times as much from now on."""
-        for part in (self.count, self.total, self.second):
-            part.mul_(factor)
+        self._fading *= factor
+
+    def _settled(self) -> tuple[Tensor, Tensor, Tensor]:
+        parts = (self.count, self.total, self.second)
+        if self._fading != 1:
+            for part in parts:
+                part.mul_(self._fading)
+            self._fading = 1.0
+        return parts
 
     def keep(self, columns: Int[Tensor, "kept"]) -> None:
         """Drops all other columns: the moments are those of a stream that never had them."""
@@ -75,10 +83,11 @@ class Moments:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, as tensors only."""
-        return {"count": self.count, "total": self.total, "second": self.second}
+        return dict(zip(("count", "total", "second"), self._settled(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`, of any number of columns."""
         self.count, self.total, self.second = (
             state[key].to(self.device, torch.float64).clone() for key in ("count", "total", "second")
         )
+        self._fading = 1.0

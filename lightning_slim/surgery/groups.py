@@ -80,6 +80,22 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
     return result
 
 
+def survey_networks(model: nn.Module, calls: Mapping[str, Example]) -> Survey:
+    """Surveys several networks of one model; what is also called on its own is found there, and only there."""
+    result = Survey()
+    for root, call in calls.items():
+        nested = [other for other in calls if other != root and (not root or other.startswith(f"{root}."))]
+        prefix = f"{root}." if root else ""
+        found = survey(model.get_submodule(root), call, prefix)
+        result.left_whole.update(found.left_whole)
+        for group in found.groups:
+            if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
+                result.left_whole[group.name] = "it lies in a network that is also called on its own"
+            else:
+                result.groups.append(group)
+    return result
+
+
 def _why_not(model: nn.Module, component: Component) -> tuple[str, str]:
     """The layer that makes a component's channels (empty if none does), and why they must stay (empty if not)."""
     kinds = {c.owner: layer_kind(model.get_submodule(c.owner)) for c in component.channels if c.axis is None}

@@ -1,0 +1,117 @@
+"""What recording costs a training step, and what a cut costs beside an epoch. All ratios are of one run, side by side.
+
+    python benchmarks/bench_overhead.py
+
+Each network trains twice, with and without a recorder that looks at one step in ten (the default of the callbacks);
+blocks of ten steps of both take turns, on one thread, by CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from examples.digits import DigitSequences, SequenceClassifier
+from lightning_slim import Granger, MACs, OneShot, Pruner, Score, Taylor
+from lightning_slim.profile import one_thread, time_side_by_side
+
+EVERY = 10  # steps
+
+
+def convolutional() -> nn.Module:
+    layers: list[nn.Module] = []
+    widths = [3, 32, 64, 64, 128]
+    for a, b in pairwise(widths):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "demo (Conv1d, 128 channels)": (lambda: SequenceClassifier(128).net, lambda: torch.rand(64, 1, 64)),
+    "Conv2d, 32 to 128 channels": (convolutional, lambda: torch.rand(32, 3, 32, 32)),
+    "MLP, 784-1024-1024-10": (
+        lambda: nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)),
+        lambda: torch.rand(128, 784),
+    ),
+}
+
+
+def block(network: nn.Module, x: Tensor, y: Tensor, pruner: Pruner | None) -> Callable[[], None]:
+    """Ten training steps; with a pruner, the first of them is recorded."""
+    optimizer = torch.optim.AdamW(network.parameters())
+
+    def train() -> None:
+        for step in range(EVERY):
+            watch = pruner.recording() if pruner is not None and step == 0 else nullcontext()
+            optimizer.zero_grad()
+            with watch:
+                F.cross_entropy(network(x), y).backward()
+            if pruner is not None and step == 0 and "saliency" in pruner.score.needs:
+                pruner.recorder.observe_gradients()
+            optimizer.step()
+
+    return train
+
+
+def overhead(name: str, score: Score, seconds: float) -> float:
+    """Time of a training step with the recorder, over the time without."""
+    make, data = NETWORKS[name]
+    x, y = data(), torch.randint(0, 10, (len(data()),))
+    plain = make()
+    watched = copy.deepcopy(plain)
+    pruner = Pruner(watched, score, MACs(0.5), OneShot(0.5))
+    pruner.prepare(x[:2])
+    without, with_recorder = time_side_by_side(
+        [block(plain, x, y, None), block(watched, x, y, pruner)], seconds=seconds, rounds=200
+    )
+    return with_recorder / without
+
+
+def cut_against_epoch(channels: int) -> tuple[float, float]:
+    """CPU seconds of one epoch of the demo's network and of one cut of half its MACs, fold and migration included."""
+    data = DigitSequences()
+    data.setup("fit")
+    network = SequenceClassifier(channels).net
+    optimizer = torch.optim.AdamW(network.parameters())
+    pruner = Pruner(network, Granger(), MACs(0.5), OneShot(0.5))
+    pruner.prepare(torch.rand(2, 1, 64))
+    start = time.process_time()
+    for step, (x, y) in enumerate(data.train_dataloader()):
+        optimizer.zero_grad()
+        with pruner.recording() if step % EVERY == 0 else nullcontext():
+            F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    epoch = time.process_time() - start
+    start = time.process_time()
+    pruner.step(0.5, [optimizer])
+    return epoch, time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each ratio")
+    seconds = parser.parse_args().seconds
+    torch.manual_seed(0)
+    print(f"{'training step with the recorder / without':44s} Granger  Taylor")
+    for name in NETWORKS:
+        ratios = [overhead(name, score, seconds) for score in (Granger(), Taylor())]
+        print(f"{name:44s} {ratios[0]:7.3f} {ratios[1]:7.3f}")
+    with one_thread():
+        epoch, cut = cut_against_epoch(128)
+    print(f"\none cut of the demo's network: {cut:.3f} s, one epoch: {epoch:.2f} s, ratio {cut / epoch:.3f}")
+
+
+if __name__ == "__main__":
+    main()
