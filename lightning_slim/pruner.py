@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.costs import Costs
@@ -24,9 +25,10 @@ from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip, skips
 from lightning_slim.statistics import least_squares_image
-from lightning_slim.surgery import migrate, remove_units, restore
+from lightning_slim.surgery import Example, migrate, remove_units, restore
 from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.groups import as_example, survey_networks
+from lightning_slim.surgery.verify import compare, vet
 from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 
 Compensate = Literal["none", "least_squares"]
@@ -47,6 +49,8 @@ class Pruner:
         selection: which units go, given their importance.
         skip: what stays whole: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
         compensate: `"least_squares"` folds the removed units into those that stay before each cut; `"none"` drops them.
+        verify: whether to try every group alone before the first cut, and to compare each cut with the network in which
+            nothing reads the removed units; what differs is left whole.
         seed: of scores that draw.
 
     Example:
@@ -70,6 +74,7 @@ class Pruner:
         selection: Selection | None = None,
         skip: Skip = (),
         compensate: Compensate = "least_squares",
+        verify: bool = True,
         seed: int = 0,
     ) -> None:
         if compensate not in ("none", "least_squares"):
@@ -81,10 +86,13 @@ class Pruner:
         self.selection = selection or Selection()
         self.skip = tuple(skip)
         self.compensate = compensate
+        self.verify = verify
         self.seed = seed
         self.history = History()
         self.left_whole: dict[str, str] = {}
         self.groups: list[UnitGroup] = []
+        self.given_up: set[str] = set()  # groups that turned out to be impossible to cut
+        self.calls: dict[str, Example] = {}  # the networks, each with one call
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
@@ -111,7 +119,12 @@ class Pruner:
         )
         found = survey_networks(self.model, calls)
         self.left_whole = found.left_whole
+        self.calls = calls
         self.groups = [group for group in found.groups if self._wanted(group)]
+        if self.verify:
+            unfit = vet(self.model, self.groups, calls)
+            self.left_whole.update(unfit)
+            self.groups = [group for group in self.groups if group.name not in unfit]
         if not self.groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items()) or "it has no layers"
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons}.")
@@ -214,6 +227,10 @@ class Pruner:
             if self.compensate == "least_squares":
                 for put_back in self._fold(plan):
                     undo.callback(put_back)
+            wrong = compare(self.model, self.groups, plan, self.calls) if self.verify else ""
+            if wrong:
+                self._give_up(plan, wrong)
+                return None
             cuts = remove_units(self.model, self.groups, plan)
             undo.callback(restore, self.model, cuts)
             migrate(optimizers, cuts)
@@ -221,7 +238,8 @@ class Pruner:
         return self._remember(progress, global_step, plan, importance)
 
     def _score(self) -> dict[str, Float[Tensor, "units"]]:
-        scores = {group.name: self.score(self._evidence(group)).importance for group in self.groups}
+        candidates = [group for group in self.groups if group.name not in self.given_up]
+        scores = {group.name: self.score(self._evidence(group)).importance for group in candidates}
         for name, importance in scores.items():
             if not bool(importance.isfinite().all()):
                 raise ValueError(
@@ -282,6 +300,18 @@ class Pruner:
         self.history.events.append(event)
         return event
 
+    def _give_up(self, plan: Plan, reason: str) -> None:
+        """Leaves those groups of a plan whole that cannot be cut alone."""
+        alone = {name: compare(self.model, self.groups, {name: keep}, self.calls) for name, keep in plan.items()}
+        culprits = {name: why for name, why in alone.items() if why} or dict.fromkeys(plan, reason)
+        self.left_whole.update(culprits)
+        self.given_up.update(culprits)
+        warnings.warn(
+            f"A cut was undone before it was made: {reason}. From now on {', '.join(culprits)} stays whole.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+
     # --- find ---
 
     def _wanted(self, group: UnitGroup) -> bool:
@@ -319,11 +349,13 @@ class Pruner:
         return {
             "groups": [to_state(group) for group in self.groups],
             "left_whole": dict(self.left_whole),
+            "given_up": sorted(self.given_up),
             "original_index": dict(self._original_index),
             "original_shapes": dict(self._original_shapes),
             "costs": self.costs.to_state(),
             "history": self.history.to_state(),
             "recorder": self.recorder.state_dict(),
+            "calls": {name: tuple(call) for name, call in self.calls.items() if _is_plain(call)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -332,6 +364,7 @@ class Pruner:
             return
         self.groups = [from_state(group) for group in state["groups"]]
         self.left_whole = dict(state["left_whole"])
+        self.given_up = set(state["given_up"])
         self._original_index = {name: index.cpu() for name, index in state["original_index"].items()}
         self._original_shapes = dict(state["original_shapes"])
         self._shapes = _shapes(self.model, self.groups)
@@ -339,6 +372,12 @@ class Pruner:
         self.history = History.from_state(state["history"])
         self._recorder = self._new_recorder()
         self._recorder.load_state_dict(state["recorder"])
+        self.calls = {name: Example(*call) for name, call in state["calls"].items()}
+
+
+def _is_plain(call: Example) -> bool:
+    """Whether a call can be saved without pickle."""
+    return all(isinstance(leaf, Tensor | int | float | bool | str | None) for leaf in tree_leaves(tuple(call)))
 
 
 def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:

@@ -53,12 +53,12 @@ class Selection:
             level: how much of the original units stays.
             original: width of every group before anything was cut.
             current: width of every group now.
-            importance: of the units that are there now, comparable across groups (used by the global scope).
+            importance: of the units that are there now, comparable across groups; groups without stay as they are.
         """
-        wanted = {name: level * units for name, units in original.items()}
+        wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        return {name: self._allowed(wanted[name], original[name], current[name]) for name in original}
+        return {**current, **{name: self._allowed(wanted[name], original[name], current[name]) for name in wanted}}
 
     def fit(
         self,
@@ -123,9 +123,9 @@ def _most_important(
 ) -> dict[str, float]:
     """How many of the globally most important units each group has, if `level` of all original units stay."""
     everywhere = torch.cat(list(importance.values())).sort(descending=True).values
-    count = min(math.floor(level * sum(original.values()) + 1e-9), len(everywhere))
+    count = min(math.floor(level * sum(original[name] for name in importance) + 1e-9), len(everywhere))
     if count == 0:
-        return dict.fromkeys(original, 0.0)
+        return dict.fromkeys(importance, 0.0)
     return {name: float((values >= everywhere[count - 1]).sum()) for name, values in importance.items()}
 
 

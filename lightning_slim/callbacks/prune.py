@@ -23,7 +23,7 @@ from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
-from lightning_slim.surgery import Example, resize_to
+from lightning_slim.surgery import resize_to
 
 
 class Prune(SlimCallback):
@@ -40,6 +40,7 @@ class Prune(SlimCallback):
         round_to: widths are rounded up to multiples of this.
         skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         compensate: `"least_squares"` folds the removed units into those that stay; `"none"` drops them.
+        verify: whether every group is tried before the first cut, and every cut before it is made.
         recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch).
         record_every_n_steps: how often evidence is recorded.
         seed: of scores that draw.
@@ -55,6 +56,7 @@ class Prune(SlimCallback):
         round_to: int = 1,
         skip: Skip = (),
         compensate: Compensate = "least_squares",
+        verify: bool = True,
         recovery_epochs: float = 1.0,
         record_every_n_steps: int = 10,
         seed: int = 0,
@@ -66,11 +68,10 @@ class Prune(SlimCallback):
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
         self.selection = Selection(scope, round_to)
-        self.skip, self.compensate, self.seed = skip, compensate, seed
+        self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.recovery_epochs = recovery_epochs
         self.record_every_n_steps = record_every_n_steps
         self.print_report = print_report
-        self.networks: dict[str, Example] = {}
         self._pruner: Pruner | None = None
         self._point = -1  # the last point in time at which a cut was decided on
         self._batches = 0
@@ -97,7 +98,7 @@ class Prune(SlimCallback):
                 "Expected one pruning callback, got several: each would cut the other's units."
             )
         if self._pruner is None or self._pruner.model is not pl_module or not self._pruner.in_step:
-            self._point, self._batches, self.networks = -1, 0, {}
+            self._point, self._batches = -1, 0
             self._pruner = Pruner(
                 pl_module,
                 self.score,
@@ -105,6 +106,7 @@ class Prune(SlimCallback):
                 self.schedule,
                 selection=self.selection,
                 compensate=self.compensate,
+                verify=self.verify,
                 seed=self.seed,
             )
 
@@ -141,7 +143,7 @@ class Prune(SlimCallback):
     # Only here, and not at the start of an epoch: a resume from a checkpoint of an epoch's last batch skips that hook.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._cut_if_due(trainer, batch_idx)
-        if not self.networks:
+        if not self.pruner.calls:
             self._calls = self._watching.enter_context(capture_calls(pl_module))
         if self.pruner.prepared and self._batches % self.record_every_n_steps == 0:
             self._watching.enter_context(self.pruner.recording())
@@ -157,11 +159,10 @@ class Prune(SlimCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._watching.close()
-        if not self.networks:
-            self.networks = self._calls
-            if not self.pruner.prepared:
-                self.pruner.prepare(networks=self.networks)
-                self._announce()
+        if not self.pruner.prepared:
+            self.pruner.prepare(networks=self._calls)
+            self._announce()
+        self.pruner.calls = self.pruner.calls or self._calls  # a checkpoint need not hold them
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._watching.close()
@@ -174,7 +175,7 @@ class Prune(SlimCallback):
             pl_module.log_dict(scalars)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.print_report and trainer.is_global_zero and self.networks:
+        if self.print_report and trainer.is_global_zero and self.pruner.calls:
             table = self.report(metrics_of(trainer))
             table.save(trainer.log_dir or trainer.default_root_dir)
             Console().print(table)
@@ -191,7 +192,7 @@ class Prune(SlimCallback):
         slim = self.pruner.model
         dense = copy.deepcopy(slim)
         resize_to(dense, self.pruner.original_shapes)
-        return report(dense, slim, networks=self.networks, dense_metrics=dense_metrics, slim_metrics=slim_metrics)
+        return report(dense, slim, networks=self.pruner.calls, dense_metrics=dense_metrics, slim_metrics=slim_metrics)
 
     def _cut_if_due(self, trainer: Trainer, batch_idx: int) -> None:
         epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches

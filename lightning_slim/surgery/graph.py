@@ -132,7 +132,7 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
         outputs.extend(leaves)
         return leaves
 
-    with _untouched(model):
+    with untouched(model):
         args, kwargs = tree_map(follow, (tuple(example.args), dict(example.kwargs)))
         graph = tp.DependencyGraph().build_dependency(
             model,
@@ -150,8 +150,8 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Tracing wants eval mode and gradients everywhere; afterwards nothing of it is left."""
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and gradients everywhere (tracing wants them); afterwards nothing of it is left."""
     modes = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -164,6 +164,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
+            model.eval()
             for p in frozen:
                 p.requires_grad_(True)
             yield

@@ -90,8 +90,8 @@ class SelfCalling(Lit):
 def test_a_module_that_calls_itself(tmp_path: Path) -> None:
     lit, callback = SelfCalling(), quick()
     trainer(tmp_path, callback).fit(lit, loader())
-    assert set(callback.networks) == {""}
-    assert callback.networks[""].args[0].shape == (2, 3, 8, 8)
+    assert set(callback.pruner.calls) == {""}
+    assert callback.pruner.calls[""].args[0].shape == (2, 3, 8, 8)
     assert set(callback.pruner.widths) == {"net.c1", "net.c2", "net.up", "net.fc1"}
     assert callback.history.events[-1].reached <= 0.5
 

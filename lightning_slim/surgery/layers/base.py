@@ -28,12 +28,14 @@ class LayerKind(ABC):
 
     Attributes:
         types: the module classes it speaks for (and their subclasses).
+        mixes_channels: whether the layer computes across channels without weights, so that removing one changes others.
         channel_axis: for layers that read channels by a weighted sum, the channel axis of their input; None for
             layers that only carry them.
     """
 
     types: ClassVar[tuple[type[nn.Module], ...]]
     channel_axis: ClassVar[int | None] = None
+    mixes_channels: ClassVar[bool] = False
 
     @abstractmethod
     def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:

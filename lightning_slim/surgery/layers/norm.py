@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -32,6 +33,7 @@ class GroupNorm(LayerKind):
     """Every group must lose the same positions, so that the groups keep their members."""
 
     types = (nn.GroupNorm,)
+    mixes_channels: ClassVar[bool] = True
 
     def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
         assert isinstance(layer, nn.GroupNorm)
@@ -53,6 +55,7 @@ class LayerNorm(LayerKind):
     """
 
     types = (nn.LayerNorm, nn.RMSNorm)
+    mixes_channels: ClassVar[bool] = True
 
     def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
         assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)

@@ -1,0 +1,134 @@
+"""A cut network must compute what the network computes when nothing reads the removed units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_slim.surgery.cut import remove_units, restore
+from lightning_slim.surgery.graph import Example, untouched
+from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.units import Plan, UnitGroup, named_tensors
+
+Calls = Mapping[str, Example]  # dotted name of a network -> one call of it
+
+
+def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
+    """Tries every group alone: cuts half of its units, compares, and puts them back.
+
+    Weights that are zero, or next to it, are replaced for the trial: a branch that a fresh residual block multiplies by
+    zero could hide a wrong cut.
+
+    Args:
+        model: the module that `groups` were found in; left as it was.
+        groups: all groups of the model.
+        calls: the networks of the model, each with one call.
+
+    Returns:
+        Group name -> why it cannot be cut, for those that cannot.
+    """
+    reasons = {}
+    with _loud(model):
+        for group in groups:
+            reason = compare(model, groups, Plan({group.name: _half(group)}), calls)
+            if reason:
+                reasons[group.name] = reason
+    return reasons
+
+
+def compare(
+    model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]], calls: Calls
+) -> str:
+    """Cuts a plan out of a model, compares it with the model in which nothing reads those units, and puts them back.
+
+    Where units pass a normalisation that mixes channels, only shapes and finiteness are compared.
+
+    Returns:
+        What is wrong; empty if nothing is.
+    """
+    exact = not any(_mixes(model, group) for group in groups if group.name in plan)
+    with untouched(model):
+        try:
+            with _unread(model, groups, plan):
+                before = _outputs(model, calls)
+            cuts = remove_units(model, groups, plan)
+            try:
+                after = _outputs(model, calls)
+            finally:
+                restore(model, cuts)
+        except Exception as error:  # whatever a user's forward raises on other widths
+            return f"the network fails without them ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    return _difference(before, after, exact)
+
+
+def _half(group: UnitGroup) -> Bool[Tensor, "units"]:
+    """Keeps every other unit, in pairs, so that neither halves nor a parity hide a mistake."""
+    return torch.arange(group.size) % 4 < 2 if group.size > 2 else torch.arange(group.size) < 1
+
+
+def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    for name, (args, kwargs) in calls.items():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            outputs.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if _is_real(leaf))
+    return outputs
+
+
+def _is_real(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _difference(before: list[Tensor], after: list[Tensor], exact: bool) -> str:
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return "the shape of an output changes with them"
+    for a, b in zip(before, after, strict=True):
+        if bool(a.isfinite().all()) and not bool(b.isfinite().all()):
+            return "an output is not finite without them"
+        error = float((a - b).abs().max()) / (float(a.abs().max()) + 1e-12) if a.numel() else 0.0
+        if exact and error > max(1e-3, 8 * torch.finfo(a.dtype).eps):
+            return f"the outputs change by {error:.0%} where nothing reads them"
+    return ""
+
+
+def _mixes(model: nn.Module, group: UnitGroup) -> bool:
+    kinds = [layer_kind(model.get_submodule(layer)) for layer in group.layers]
+    return any(kind is not None and kind.mixes_channels for kind in kinds)
+
+
+@contextmanager
+@torch.no_grad()
+def _unread(model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> Iterator[None]:
+    """Zeroes the columns that read the removed units, for the time being."""
+    tensors = named_tensors(model)
+    spans = [(span, plan[g.name]) for g in groups if g.name in plan for span in g.spans if span.role == "in"]
+    saved = {span.tensor: tensors[span.tensor].detach().clone() for span, _ in spans}
+    try:
+        for span, keep in spans:
+            at = span.index[~keep].flatten().to(tensors[span.tensor].device)
+            tensors[span.tensor].index_fill_(span.axis, at, 0)
+        yield
+    finally:
+        for name, value in saved.items():
+            tensors[name].copy_(value)
+
+
+@contextmanager
+@torch.no_grad()
+def _loud(model: nn.Module) -> Iterator[None]:
+    """Gives parameters that are zero, or nearly, random values for the time being."""
+    quiet = [p for p in model.parameters() if p.is_floating_point() and p.numel() and float(p.abs().max()) < 1e-3]
+    saved = [p.detach().clone() for p in quiet]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for p in quiet:
+                p.copy_(torch.randn(p.shape).to(p) / 10)
+        yield
+    finally:
+        for p, value in zip(quiet, saved, strict=True):
+            p.copy_(value)
