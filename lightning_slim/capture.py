@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from lightning_slim.eager import eagerly
 from lightning_slim.surgery import Example
-
-SAMPLES = 2  # of the batch: enough to trace, small enough to keep
 
 
 @contextmanager
@@ -23,20 +21,19 @@ def capture_calls(model: nn.Module) -> Iterator[dict[str, Example]]:
     as `"net"`; a GAN as its generator and its discriminator.
     """
     calls: dict[str, Example] = {}
-    depth = 0
+    depth: list[bool] = []  # one entry for every call under way: whether it counts
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal depth
-            if depth == 0 and name not in calls:
-                calls[name] = small_example(args, kwargs)
-            depth += 1
+            counts = not _is_redirected(module)
+            if counts and not any(depth) and name not in calls:
+                calls[name] = whole_example(args, kwargs)
+            depth.append(counts)
 
         return hook
 
     def leave(*_: Any) -> None:
-        nonlocal depth
-        depth -= 1
+        depth.pop()
 
     handles = []
     for name, module in model.named_modules():
@@ -44,22 +41,22 @@ def capture_calls(model: nn.Module) -> Iterator[dict[str, Example]]:
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        yield calls
+        with eagerly():
+            yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def small_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
-    """A detached copy of a call's arguments, cut down to two samples where the first axis is the batch."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    batch = tensors[0].shape[0] if tensors else 0
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether a call of the module stands for another method: under DDP, Lightning runs `training_step` that way."""
+    return "_ForwardRedirection" in getattr(module.forward, "__qualname__", "")
 
-    def shrink(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        with torch.no_grad():
-            return (leaf[:SAMPLES] if leaf.ndim > 0 and leaf.shape[0] == batch else leaf).detach().clone()
 
-    args, kwargs = tree_map(shrink, (tuple(args), dict(kwargs)))
-    return Example(args, kwargs)
+def whole_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+    """A detached copy of a call's arguments."""
+
+    def copy(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+    return Example(*tree_map(copy, (tuple(args), dict(kwargs))))

@@ -6,22 +6,34 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery import resize_to
+from lightning_slim.units import named_tensors
 
 KEY = "lightning_slim"
 VERSION = 1
+MEMORY = "_slim_cut_tensors"  # on the module: names of its tensors that were ever cut
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def sign(checkpoint: dict[str, Any], cut_tensors: Iterable[str]) -> None:
+def cut_tensors(model: nn.Module) -> set[str]:
+    """Names of the module's tensors that were ever cut, or loaded cut."""
+    return set(model.__dict__.get(MEMORY, ()))
+
+
+def remember_cut(model: nn.Module, names: Iterable[str]) -> None:
+    """Lets the module remember which of its tensors were cut, whichever callback did it."""
+    model.__dict__[MEMORY] = sorted(cut_tensors(model) | set(names))
+
+
+def sign(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Writes into a checkpoint which tensors were cut; their shapes stand in its state dict."""
-    already = checkpoint.get(KEY, {}).get("tensors", [])
-    checkpoint[KEY] = {"version": VERSION, "tensors": sorted({*already, *cut_tensors})}
+    checkpoint[KEY] = {"version": VERSION, "tensors": sorted(cut_tensors(model))}
 
 
-def fit_to(model: nn.Module, checkpoint: dict[str, Any], cut_tensors: Iterable[str] = ()) -> None:
+def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = False) -> None:
     """Gives a model the shapes of a checkpoint, so that its state dict loads: it shrinks, or grows back.
 
     Only tensors that were cut, in the checkpoint or in the model, are resized: a checkpoint of another architecture
@@ -30,7 +42,8 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], cut_tensors: Iterable[s
     Args:
         model: the module whose state dict the checkpoint holds.
         checkpoint: as Lightning saves it.
-        cut_tensors: names of the model's tensors that are cut now.
+        everything: where the checkpoint is not signed (a run without any of our callbacks wrote it), resize whatever
+            differs in size but not in its number of axes.
 
     Raises:
         ValueError: the checkpoint was written by a later version.
@@ -40,8 +53,13 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], cut_tensors: Iterable[s
         raise ValueError(
             f"Expected a checkpoint of version {VERSION} at most, got {signature['version']}: update lightning-slim."
         )
-    names = {*signature["tensors"], *cut_tensors} & checkpoint["state_dict"].keys()
-    resize_to(model, {name: checkpoint["state_dict"][name].shape for name in names})
+    state = checkpoint["state_dict"]
+    names = {*signature["tensors"], *cut_tensors(model)}
+    if everything and KEY not in checkpoint:
+        tensors = {n: t for n, t in named_tensors(model).items() if n in state and not is_lazy(t)}
+        names = {n for n, t in tensors.items() if t.ndim == state[n].ndim and t.shape != state[n].shape}
+    remember_cut(model, names)
+    resize_to(model, {name: state[name].shape for name in names & state.keys()})
 
 
 def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, **kwargs: Any) -> Module:
@@ -58,8 +76,9 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, **kwa
 
     class Resizing(module_class):  # type: ignore[valid-type, misc]
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            fit_to(self, checkpoint)
+            fit_to(self, checkpoint, everything=True)
             super().on_load_checkpoint(checkpoint)
+            fit_to(self, checkpoint, everything=True)  # the user's hook may have renamed what it found
 
     # Lightning stores and compares the class's own name, not that of a stand-in.
     for attribute in ("__name__", "__qualname__", "__module__"):

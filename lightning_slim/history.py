@@ -18,7 +18,7 @@ class PruningEvent:
         asked: fraction of the original budget that was to remain.
         reached: fraction of the original budget that remains.
         params: parameters left.
-        macs: multiply-accumulates left, for the example.
+        macs: multiply-accumulates left, for one sample.
         widths: group -> units left.
         removed: group -> units removed by this event, in ORIGINAL numbering.
         importance: group -> importance of every unit that was there, in the order of its numbering then.

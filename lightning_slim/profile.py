@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_slim.eager import eagerly
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -24,7 +26,7 @@ class Profile:
 
     Attributes:
         params: number of parameters.
-        macs: multiply-accumulates of one forward pass of the example (normalisations and activations not counted).
+        macs: multiply-accumulates of one forward pass of one sample (normalisations and activations not counted).
         bytes: size of its state dict on disk.
         latency_ms: median CPU time of one forward pass of the example on one thread, milliseconds.
         metrics: name -> value, as far as they are known.
@@ -62,7 +64,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), eagerly():
             yield
     finally:
         for module, mode in modes.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.costs import Costs
@@ -24,10 +23,10 @@ from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip, skips
-from lightning_slim.statistics import least_squares_image
-from lightning_slim.surgery import Example, migrate, remove_units, restore
+from lightning_slim.statistics import Moments, least_squares_image, merged
+from lightning_slim.surgery import Example, StructureChange, migrate, remove_units, restore
 from lightning_slim.surgery.compensate import fold
-from lightning_slim.surgery.groups import as_example, survey_networks
+from lightning_slim.surgery.groups import as_example, survey_networks, workable
 from lightning_slim.surgery.verify import compare, vet
 from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 
@@ -47,10 +46,12 @@ class Pruner:
         budget: the fraction of the original that may remain in the end.
         schedule: how much of the removal is done by when.
         selection: which units go, given their importance.
+        module: dotted name of the only part that may be cut; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
         compensate: `"least_squares"` folds the removed units into those that stay before each cut; `"none"` drops them.
         verify: whether to try every group alone before the first cut, and to compare each cut with the network in which
-            nothing reads the removed units; what differs is left whole.
+            nothing reads the removed units; what differs is left whole. A cut right after a resume comes before there
+            is a call to compare with, and goes by the trial that began the run.
         seed: of scores that draw.
 
     Example:
@@ -61,7 +62,7 @@ class Pruner:
         >>> print(pruner.plan(progress=0.5))
         0: keeps 4 of 8 units
         >>> print(pruner.step(progress=0.5, optimizers=[optimizer]))
-        step 0: 4 units removed, 50.0% left (50.0% asked), 30 params, 48 MACs
+        step 0: 4 units removed, 50.0% left (50.0% asked), 30 params, 24 MACs
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Pruner:
         schedule: Schedule | None = None,
         *,
         selection: Selection | None = None,
+        module: str = "",
         skip: Skip = (),
         compensate: Compensate = "least_squares",
         verify: bool = True,
@@ -84,21 +86,27 @@ class Pruner:
         self.budget = budget or MACs(0.5)
         self.schedule = schedule or Cubic()
         self.selection = selection or Selection()
+        self.module = module
         self.skip = tuple(skip)
         self.compensate = compensate
         self.verify = verify
         self.seed = seed
         self.history = History()
+        self.last_change: StructureChange | None = None
         self.left_whole: dict[str, str] = {}
         self.groups: list[UnitGroup] = []
         self.given_up: set[str] = set()  # groups that turned out to be impossible to cut
+        self.networks: set[str] = set()  # names of the networks that the groups were found in
         self.calls: dict[str, Example] = {}  # the networks, each with one call
+        self.agree: Callable[[Any], Any] = _alone  # several processes: what rank 0 says
+        self.average: Callable[[Tensor], Tensor] = _alone  # several processes: the mean over ranks
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
         self._costs: Costs | None = None
         self._recorder: Recorder | None = None
         check_skip(model, self.skip)
+        check_skip(model, [module] if module else [])
 
     # --- look ---
 
@@ -112,32 +120,35 @@ class Pruner:
         Raises:
             ValueError: nothing can be removed, or not enough.
         """
-        calls = (
-            {"": as_example(example_inputs)}
-            if networks is None
-            else {name: as_example(inputs) for name, inputs in networks.items()}
-        )
+        calls = self._workable({"": example_inputs} if networks is None else networks)
         found = survey_networks(self.model, calls)
         self.left_whole = found.left_whole
-        self.calls = calls
-        self.groups = [group for group in found.groups if self._wanted(group)]
+        groups = [group for group in found.groups if self._wanted(group)]
         if self.verify:
-            unfit = vet(self.model, self.groups, calls)
+            unfit = self.agree(vet(self.model, groups, calls))
             self.left_whole.update(unfit)
-            self.groups = [group for group in self.groups if group.name not in unfit]
-        if not self.groups:
+            groups = [group for group in groups if group.name not in unfit]
+        if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items()) or "it has no layers"
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons}.")
         layer_macs = {
-            _join(root, layer): macs
+            _join(root, layer): macs // call.samples
             for root, call in calls.items()
             for layer, macs in count_macs(self.model.get_submodule(root), call.args, call.kwargs).items()
         }
-        self._costs = Costs.of(self.model, self.groups, layer_macs)
-        self._original_index = {group.name: torch.arange(group.size) for group in self.groups}
-        self._original_shapes = self._shapes = _shapes(self.model, self.groups)
-        self._check_reachable()
+        costs = Costs.of(self.model, groups, layer_macs)
+        self._check_reachable(costs)
+        self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
+        self._original_index = {group.name: torch.arange(group.size) for group in groups}
+        self._original_shapes = self._shapes = _shapes(self.model, groups)
         self._recorder = self._new_recorder()
+
+    def meet(self, networks: Mapping[str, Any]) -> None:
+        """Examples of networks that were prepared before: a checkpoint knows the groups, but holds no training data."""
+        self.calls = self._workable({name: call for name, call in networks.items() if name in self.networks})
+
+    def _workable(self, calls: Mapping[str, Any]) -> dict[str, Example]:
+        return {name: workable(self.model.get_submodule(name), as_example(call)) for name, call in calls.items()}
 
     @property
     def in_step(self) -> bool:
@@ -197,7 +208,13 @@ class Pruner:
 
     # --- cut ---
 
-    def step(self, progress: float, optimizers: Iterable[Optimizer] = (), global_step: int = 0) -> PruningEvent | None:
+    def step(
+        self,
+        progress: float,
+        optimizers: Iterable[Optimizer] = (),
+        copies: Iterable[nn.Module] = (),
+        global_step: int = 0,
+    ) -> PruningEvent | None:
         """Removes what is due at `progress`; the optimizers go along.
 
         If anything fails, model and optimizers are as they were.
@@ -205,6 +222,7 @@ class Pruner:
         Args:
             progress: fraction of the run that is done.
             optimizers: all optimizers that hold parameters of the model.
+            copies: other modules of the same structure, such as weight averages, to be folded and cut alike.
             global_step: for the history.
 
         Returns:
@@ -212,8 +230,9 @@ class Pruner:
         """
         if not self.asks(progress):
             return None
+        self.recorder.synchronise(self.average)
         importance = self._score()
-        plan = self._plan(progress, importance)
+        plan = self.agree(self._plan(progress, importance))
         if not plan.removed:
             if self.schedule(progress) == 1:
                 warnings.warn(
@@ -224,16 +243,19 @@ class Pruner:
                 )
             return None
         with ExitStack() as undo:
+            models = [self.model, *copies]
             if self.compensate == "least_squares":
-                for put_back in self._fold(plan):
+                for put_back in self._fold(plan, models):
                     undo.callback(put_back)
-            wrong = compare(self.model, self.groups, plan, self.calls) if self.verify else ""
+            wrong = self.agree(compare(self.model, self.groups, plan, self.calls)) if self.verify and self.calls else ""
             if wrong:
                 self._give_up(plan, wrong)
                 return None
-            cuts = remove_units(self.model, self.groups, plan)
-            undo.callback(restore, self.model, cuts)
-            migrate(optimizers, cuts)
+            cuts = []
+            for model in models:
+                cuts.append(remove_units(model, self.groups, plan))
+                undo.callback(restore, model, cuts[-1])
+            migrate(optimizers, cuts[0])
             undo.pop_all()
         return self._remember(progress, global_step, plan, importance)
 
@@ -270,18 +292,30 @@ class Pruner:
             generator=generator,
         )
 
-    def _fold(self, plan: Plan) -> Iterator[Callable[[], None]]:
+    def _fold(self, plan: Plan, models: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
+        tensors = named_tensors(self.model)
         for group in (group for group in self.groups if group.name in plan):
             keep = plan[group.name]
-            for moments, reader in zip(self.recorder.moments[group.name], group.readers, strict=True):
-                if moments is not None:
-                    width = len(moments.total) // group.size  # the present is the first of a unit's columns
-                    kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
-                    image = least_squares_image(moments, kept, gone, intercept=reader.offset is not None)
-                    yield fold(self.model, reader, keep, image)
+            seen = zip(self.recorder.moments[group.name], group.readers, strict=True)
+            pairs = [(moments, reader) for moments, reader in seen if moments is not None]
+            tied: dict[int, list[Moments]] = {}  # readers of one weight: it is folded once, by what all of them see
+            for moments, reader in pairs:
+                tied.setdefault(id(tensors[reader.span.tensor]), []).append(moments)
+            folded: set[int] = set()
+            for moments, reader in pairs:
+                weight = id(tensors[reader.span.tensor])
+                width = len(moments.total) // group.size  # the present is the first of a unit's columns
+                kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
+                image = least_squares_image(merged(tied[weight]), kept, gone, intercept=reader.offset is not None)
+                mean = moments.mean.cpu()
+                constant = mean[gone] - image.weight.T.cpu() @ mean[kept]
+                for model in models:
+                    yield fold(model, reader, keep, (image.weight, constant), weight_too=weight not in folded)
+                folded.add(weight)
 
     def _remember(self, progress: float, step: int, plan: Plan, importance: Mapping[str, Tensor]) -> PruningEvent:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
+        self.last_change = StructureChange(self.groups, plan)
         self._original_index.update({name: self._original_index[name][keep] for name, keep in plan.items()})
         self.groups = renumber(self.groups, plan)
         self._shapes = _shapes(self.model, self.groups)
@@ -302,7 +336,9 @@ class Pruner:
 
     def _give_up(self, plan: Plan, reason: str) -> None:
         """Leaves those groups of a plan whole that cannot be cut alone."""
-        alone = {name: compare(self.model, self.groups, {name: keep}, self.calls) for name, keep in plan.items()}
+        alone = self.agree(
+            {name: compare(self.model, self.groups, {name: keep}, self.calls) for name, keep in plan.items()}
+        )
         culprits = {name: why for name, why in alone.items() if why} or dict.fromkeys(plan, reason)
         self.left_whole.update(culprits)
         self.given_up.update(culprits)
@@ -315,18 +351,28 @@ class Pruner:
     # --- find ---
 
     def _wanted(self, group: UnitGroup) -> bool:
+        inside = (f"{name}.".replace("_orig_mod.", "").startswith(f"{self.module}.") for name in group.layers)
+        if self.module and not all(inside):
+            self.left_whole[group.name] = f"it reaches beyond {self.module}"
+            return False
         if any(skips(entry, name, self.model.get_submodule(name)) for name in group.layers for entry in self.skip):
             self.left_whole[group.name] = "it is skipped"
+            return False
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if "saliency" in self.score.needs and not any(
+            parameters[span.tensor].requires_grad for span in group.spans if span.tensor in parameters
+        ):
+            self.left_whole[group.name] = "it is frozen, so no gradient says how important it is"
             return False
         if "moments" in self.score.needs and not group.readers:
             self.left_whole[group.name] = "no linear layer or convolution reads it, so its effect cannot be recorded"
             return False
         return True
 
-    def _check_reachable(self) -> None:
-        everything = {group.name: torch.ones(group.size) for group in self.groups}
-        smallest = self.selection.widths(0.0, self.costs.original, self.costs.original, everything)
-        closest = self.budget.remaining(self.costs, smallest)
+    def _check_reachable(self, costs: Costs) -> None:
+        everything = {name: torch.ones(units) for name, units in costs.original.items()}
+        smallest = self.selection.widths(0.0, costs.original, costs.original, everything)
+        closest = self.budget.remaining(costs, smallest)
         if closest > self.budget.fraction:
             raise ValueError(
                 f"Expected a budget that can be reached, got {self.budget}: with everything removable gone, "
@@ -350,12 +396,12 @@ class Pruner:
             "groups": [to_state(group) for group in self.groups],
             "left_whole": dict(self.left_whole),
             "given_up": sorted(self.given_up),
+            "networks": sorted(self.networks),
             "original_index": dict(self._original_index),
             "original_shapes": dict(self._original_shapes),
             "costs": self.costs.to_state(),
             "history": self.history.to_state(),
             "recorder": self.recorder.state_dict(),
-            "calls": {name: tuple(call) for name, call in self.calls.items() if _is_plain(call)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -364,7 +410,7 @@ class Pruner:
             return
         self.groups = [from_state(group) for group in state["groups"]]
         self.left_whole = dict(state["left_whole"])
-        self.given_up = set(state["given_up"])
+        self.given_up, self.networks = set(state["given_up"]), set(state["networks"])
         self._original_index = {name: index.cpu() for name, index in state["original_index"].items()}
         self._original_shapes = dict(state["original_shapes"])
         self._shapes = _shapes(self.model, self.groups)
@@ -372,12 +418,11 @@ class Pruner:
         self.history = History.from_state(state["history"])
         self._recorder = self._new_recorder()
         self._recorder.load_state_dict(state["recorder"])
-        self.calls = {name: Example(*call) for name, call in state["calls"].items()}
 
 
-def _is_plain(call: Example) -> bool:
-    """Whether a call can be saved without pickle."""
-    return all(isinstance(leaf, Tensor | int | float | bool | str | None) for leaf in tree_leaves(tuple(call)))
+def _alone(value: Any) -> Any:
+    """There is one process: everybody agrees, and the mean is the value."""
+    return value
 
 
 def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lightning_slim.eager import eagerly
 from lightning_slim.statistics import Moments, with_lags
-from lightning_slim.units import Reader, UnitGroup, gradients, rows
+from lightning_slim.units import Reader, UnitGroup, gradients, named_tensors, rows
 
 # Rows of one batch, for each column: a convolution has a row for every pixel, many more than second moments need.
 ROWS_PER_COLUMN = 4
@@ -45,13 +46,15 @@ class Recorder:
         self.wants_moments, self.wants_saliency = moments, saliency
         self.moments: dict[str, list[Moments | None]] = {g.name: [None] * len(g.readers) for g in groups}
         self.saliency: dict[str, Tensor] = {}
-        self.saliency_steps = 0.0
+        self.saliency_steps: dict[str, float] = {}
 
     @property
     def ready(self) -> bool:
         """Whether anything that is wanted was recorded."""
         seen = all(m is not None for group in self.moments.values() for m in group)
-        return (seen or not self.wants_moments) and (self.saliency_steps > 0 or not self.wants_saliency)
+        return (seen or not self.wants_moments) and (
+            self.saliency.keys() == self.moments.keys() or not self.wants_saliency
+        )
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -66,7 +69,8 @@ class Recorder:
                     hook = _Watch(self, group.name, slot, reader)
                     handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            yield
+            with eagerly():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -75,26 +79,44 @@ class Recorder:
     def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
         """Adds what one reader was given to the moments."""
         units = reader.span.index.shape[0]
-        table = _rows(inputs.detach(), reader, self._width(reader), self.lags)
+        moments = self.moments[name][slot]
+        lags = self.lags if moments is None else len(moments.total) // units - 1
+        table = _rows(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
+        if table is None:
+            return
         enough = max(MIN_ROWS, ROWS_PER_COLUMN * table.shape[1] * table.shape[2])
         table = table[:: -(-len(table) // enough)]
-        moments = self.moments[name][slot]
         if moments is None:
             moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
-        moments.update(table.flatten(1))
+        with torch.autocast(inputs.device.type, enabled=False):  # a forward pass in bfloat16 would compute them so, too
+            moments.update(table.flatten(1))
 
     @torch.no_grad()
-    def observe_gradients(self) -> None:
-        """Adds the squared first-order effect of every unit; call it when gradients are whole and unscaled."""
-        self.saliency_steps = self.memory * self.saliency_steps + 1
+    def observe_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Adds the squared first-order effect of every unit; call it when gradients are whole and unscaled.
+
+        Args:
+            parameters: whose gradients are whole now (those of one of several optimizers); all, if None.
+        """
+        mine = None if parameters is None else {id(p) for p in parameters}
+        tensors = named_tensors(self.model)
         for group in self.groups:
+            if mine is not None and not any(id(tensors[span.tensor]) in mine for span in group.spans):
+                continue
+            self.saliency_steps[group.name] = self.memory * self.saliency_steps.get(group.name, 0.0) + 1
             effect = (rows(self.model, group).float() * gradients(self.model, group).float()).sum(1).square()
             past = self.saliency.get(group.name)
             self.saliency[group.name] = effect if past is None else self.memory * past + effect
 
+    def synchronise(self, average: Callable[[Tensor], Tensor]) -> None:
+        """Lets every rank know what all of them recorded: sums become their mean over ranks."""
+        for moments in (m for group in self.moments.values() for m in group if m is not None):
+            moments.load_state_dict({key: average(value) for key, value in moments.state_dict().items()})
+        self.saliency = {name: average(value) for name, value in self.saliency.items()}
+
     def mean_saliency(self, name: str) -> Float[Tensor, "units"]:
         """Mean over recorded steps, recent ones weighing more."""
-        return self.saliency[name] / self.saliency_steps
+        return self.saliency[name] / self.saliency_steps[name]
 
     def keep(self, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> None:
         """Follows a cut: evidence of the units that stay is kept, of the others dropped."""
@@ -118,8 +140,8 @@ class Recorder:
             "moments": {
                 name: [None if m is None else m.state_dict() for m in group] for name, group in self.moments.items()
             },
-            "saliency": self.saliency,
-            "saliency_steps": self.saliency_steps,
+            "saliency": dict(self.saliency),
+            "saliency_steps": dict(self.saliency_steps),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,7 +154,7 @@ class Recorder:
                     moments.load_state_dict(values)
                     self.moments[name][slot] = moments
         self.saliency = {name: values.to(device) for name, values in state["saliency"].items()}
-        self.saliency_steps = state["saliency_steps"]
+        self.saliency_steps = dict(state["saliency_steps"])
 
 
 class _Watch:
@@ -146,17 +168,23 @@ class _Watch:
         self.recorder.observe(self.group, self.slot, self.reader, inputs)
 
 
-def _rows(inputs: Tensor, reader: Reader, width: int, lags: int) -> Float[Tensor, "rows units columns"]:
+def _rows(
+    inputs: Tensor, reader: Reader, width: int, lags: int, skip_short: bool
+) -> Float[Tensor, "rows units columns"] | None:
     """The units at a reader, one row for every sample, pixel or step, with their past where they arrive as series.
 
-    Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows.
+    Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows. A series
+    of one step has no past to speak of; where longer ones were seen before, a short one is None if `skip_short`.
     """
     index = torch.cat([reader.span.index + chunk * width for chunk in range(reader.chunks)], dim=1)
     channels = inputs.movedim(reader.axis, -1)
     everything = index.shape == (channels.shape[-1], 1) and torch.equal(index[:, 0], torch.arange(len(index)))
     # ..., units, positions; nothing is gathered where unit u simply is channel u
     units = channels.unsqueeze(-1) if everything else channels[..., index.to(inputs.device)]
-    if lags and units.ndim == 4:  # item, step, units, positions: a Conv1d, or a linear layer on (item, step, channel)
+    # item, step, units, positions: a Conv1d, or a linear layer on (item, step, channel)
+    if lags and units.ndim == 4 and (units.shape[1] > 1 or skip_short):
+        if units.shape[1] <= lags and skip_short:
+            return None
         series = units.permute(0, 3, 1, 2).flatten(0, 1)
         return with_lags(series, lags)
     return units.movedim(-1, 0).flatten(0, -2).unsqueeze(-1)

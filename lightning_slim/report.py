@@ -110,7 +110,7 @@ def _profile(model: nn.Module, latency_ms: float, metrics: dict[str, float], cal
     networks = [(model.get_submodule(name), call) for name, call in calls.items()]
     return Profile(
         params=sum(p.numel() for p in model.parameters()),
-        macs=sum(sum(count_macs(network, *call).values()) for network, call in networks),
+        macs=sum(sum(count_macs(net, call.args, call.kwargs).values()) // call.samples for net, call in networks),
         bytes=bytes_on_disk(model),
         latency_ms=latency_ms,
         metrics=metrics,

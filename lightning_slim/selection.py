@@ -13,12 +13,9 @@ from torch import Tensor
 
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
-from lightning_slim.units import Plan
+from lightning_slim.units import MIN_UNITS, Plan
 
 Scope = Literal["local", "global"]
-
-# Two, so that a depthwise convolution can still be told from a dense one when a checkpoint is loaded.
-FLOOR = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Selection:
 
     def _allowed(self, wanted: float, original: int, current: int) -> int:
         # 1e-9: 0.7 * 10 is 7.000000000000001, which must not round up to 8
-        rounded = math.ceil(max(wanted - 1e-9, FLOOR) / self.round_to) * self.round_to
+        rounded = math.ceil(max(wanted - 1e-9, MIN_UNITS) / self.round_to) * self.round_to
         return min(rounded, original, current)
 
 

@@ -23,6 +23,7 @@ def check_skip(model: nn.Module, skip: Skip) -> None:
 
 def skips(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     """Whether an entry of `skip` means a layer: by type or its name, by the layer's or a parent's name, by pattern."""
+    name = name.replace("_orig_mod.", "")  # a compiled module keeps the original under this name
     if isinstance(entry, type):
         return isinstance(module, entry)
     classes = {n for c in type(module).__mro__[:-1] for n in (c.__name__, f"{c.__module__}.{c.__qualname__}")}

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 Role = Literal["out", "in"]
 
+# Of every group at least two units stay: with one filter a channel left, a convolution with several looks depthwise,
+# and could not be told apart when it is put back or loaded.
+MIN_UNITS = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Span:

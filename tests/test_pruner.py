@@ -62,8 +62,8 @@ def test_budgets_never_compound() -> None:
     assert [event.asked for event in events if event] == pytest.approx(
         [0.95 - 0.05 * i for i, event in enumerate(events) if event]
     )
-    assert sum(count_macs(network, (x,)).values()) == pruner.history.events[-1].macs
-    assert 0.46 < pruner.history.events[-1].macs / dense <= 0.5
+    assert sum(count_macs(network, (x,)).values()) == 16 * pruner.history.events[-1].macs
+    assert 0.46 < 16 * pruner.history.events[-1].macs / dense <= 0.5
     assert pruner.step(1.0) is None  # nothing is due any more
 
 
@@ -177,6 +177,22 @@ def test_a_failing_optimizer_leaves_model_and_optimizers_as_they_were() -> None:
     assert not pruner.history.events
     strange.state.clear()
     assert pruner.step(0.5, [adam, strange]) is not None
+
+
+def test_copies_are_cut_alike_and_a_broken_one_leaves_everything_as_it_was() -> None:
+    network, x = Mixed(), images(0)[0]
+    pruner = prepared(network, x, compensate="least_squares")
+    with pruner.recording():
+        network(x)
+    copied = copy.deepcopy(network)
+    weights = copy.deepcopy(network.state_dict())
+    with pytest.raises(KeyError):
+        pruner.step(0.5, copies=[copied, nn.Linear(2, 2)])
+    assert same(weights, network.state_dict())
+    assert same(weights, copied.state_dict())
+    assert pruner.step(0.5, copies=[copied]) is not None
+    assert same(network.state_dict(), copied.state_dict())
+    assert network.c1.out_channels == copied.c1.out_channels == 4
 
 
 def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened(tmp_path) -> None:

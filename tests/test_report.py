@@ -62,14 +62,14 @@ def test_a_call_that_works_three_times_as_long_takes_longer() -> None:
     assert three > 2 * one
 
 
-def test_outermost_calls_are_captured_with_two_samples() -> None:
+def test_outermost_calls_are_captured() -> None:
     model = nn.ModuleDict({"a": Mixed(), "b": nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))})
     with capture_calls(model) as calls:
         model["b"](model["a"](images(0)[0]))
         model["b"](torch.zeros(7, 5))
     assert set(calls) == {"a", "b"}
-    assert calls["a"].args[0].shape == (2, 3, 8, 8)
-    assert calls["b"].args[0].shape == (2, 5)
+    assert calls["a"].args[0].shape == (16, 3, 8, 8)
+    assert calls["b"].args[0].shape == (16, 5)
     assert not calls["b"].args[0].requires_grad
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 

@@ -10,7 +10,8 @@ import torch
 from lightning_slim import MACs, Units, find_groups
 from lightning_slim.costs import Costs
 from lightning_slim.profile import count_macs
-from lightning_slim.selection import FLOOR, Selection, plan_for
+from lightning_slim.selection import Selection, plan_for
+from lightning_slim.units import MIN_UNITS
 from tests.networks import Mixed, images
 
 ORIGINAL = {"a": 10, "b": 20}
@@ -39,7 +40,7 @@ def test_levels_are_nested_and_end_at_the_floor_and_at_now(scope: str) -> None:
     selection = Selection(scope)  # type: ignore[arg-type]
     course = [selection.widths(level / 50, ORIGINAL, ORIGINAL, IMPORTANCE) for level in range(51)]
     assert all(a[name] <= b[name] for a, b in pairwise(course) for name in ORIGINAL)
-    assert course[0] == {"a": FLOOR, "b": FLOOR}
+    assert course[0] == {"a": MIN_UNITS, "b": MIN_UNITS}
     assert course[-1] == ORIGINAL
 
 

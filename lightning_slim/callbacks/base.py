@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_slim.checkpoint import fit_to, sign
+from lightning_slim.callbacks.companions import copies, is_ddp
+from lightning_slim.checkpoint import cut_tensors, fit_to, remember_cut, sign
 
 # By name, so that both `lightning.pytorch` and `pytorch_lightning` are meant, and none of them is imported.
 SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy"}
@@ -17,38 +20,43 @@ SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStr
 class SlimCallback(Callback):
     """A callback that changes the structure of the model it is given."""
 
-    def cut_tensors(self) -> list[str]:
-        """Names of the module's tensors that this callback has cut."""
-        return []
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_what_cannot_be_cut(trainer, pl_module)
         # Lightning calls the module's hook before it loads weights, and the callbacks' hooks after: too late to resize.
         # It looks the hook up on the instance, so that is where it is wrapped. The module's hook for saving also runs
-        # for `save_weights_only=True`, the callbacks' does not.
+        # for `save_weights_only=True`, the callbacks' does not. After an exception Lightning does not tear down, and a
+        # checkpoint may still be written then: the hooks stay, and are replaced here.
+        self.teardown(trainer, pl_module, stage)
         load, save = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            fit_to(pl_module, checkpoint, self.cut_tensors())
-            load(checkpoint)
-
-        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-            sign(checkpoint, self.cut_tensors())
-            save(checkpoint)
-
-        pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
-        pl_module.on_save_checkpoint = on_save_checkpoint  # type: ignore[method-assign]
+        pl_module.on_load_checkpoint = partial(_resize_and_load, pl_module, load)  # type: ignore[method-assign]
+        pl_module.on_save_checkpoint = partial(_save_and_sign, pl_module, save)  # type: ignore[method-assign]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in ("on_load_checkpoint", "on_save_checkpoint"):
             pl_module.__dict__.pop(hook, None)
 
 
+# Functions of the module, not of `setup`: a LightningModule that carries them can still be pickled and copied.
+def _resize_and_load(pl_module: LightningModule, load: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+    before = cut_tensors(pl_module)
+    fit_to(pl_module, checkpoint)
+    load(checkpoint)
+    fit_to(pl_module, checkpoint)  # the user's hook may have renamed what it found
+    for copied in copies(pl_module.trainer):  # averages are loaded later, by their callbacks, but exist already
+        remember_cut(copied, before)
+        fit_to(copied, checkpoint)
+
+
+def _save_and_sign(pl_module: LightningModule, save: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+    sign(pl_module, checkpoint)
+    save(checkpoint)
+
+
 def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> None:
     """Raises before training where a cut would break the run.
 
     Raises:
-        MisconfigurationException: sharded parameters, several processes, or compiled or scripted modules.
+        MisconfigurationException: sharded parameters, processes that cannot agree, or scripted modules.
     """
     strategy = trainer.strategy
     if SHARDED & {c.__name__ for c in type(strategy).__mro__}:
@@ -56,18 +64,19 @@ def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> N
             f"Expected a strategy that keeps whole parameters on each device, got {type(strategy).__name__}: "
             "its shards cannot be cut. Prune on one device."
         )
-    if trainer.world_size > 1:
+    if type(getattr(strategy, "launcher", None)).__name__ == "_MultiProcessingLauncher":
         raise MisconfigurationException(
-            f"Expected one process, got {trainer.world_size}: ranks would cut differently. Prune on one device."
+            f"Expected processes that were started from outside, got {type(strategy).__name__} with a spawn or fork "
+            'launcher: the main process could not load the cut model back when the fit ends. Use strategy="ddp".'
+        )
+    if trainer.world_size > 1 and not is_ddp(strategy):
+        raise MisconfigurationException(
+            f"Expected one process or DDPStrategy, got {type(strategy).__name__}: ranks would cut differently. "
+            'Use strategy="ddp", or one device.'
         )
     for name, module in pl_module.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise MisconfigurationException(
                 f"Expected eager modules, got the scripted module {name!r}: its layers cannot be seen. "
                 "Script it after training."
-            )
-        if type(module).__name__ == "OptimizedModule":  # by name: torch._dynamo is slow to import
-            raise MisconfigurationException(
-                f"Expected eager modules, got the compiled module {name!r}: recording hooks do not fire in it. "
-                "Compile it after training."
             )

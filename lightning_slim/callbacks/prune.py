@@ -5,25 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
 from lightning_slim.capture import capture_calls
+from lightning_slim.checkpoint import cut_tensors, remember_cut
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.pruner import Compensate, Pruner
+from lightning_slim.pruner import Compensate, NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
-from lightning_slim.surgery import resize_to
+from lightning_slim.surgery import Example, resize_to
 
 
 class Prune(SlimCallback):
@@ -38,11 +41,14 @@ class Prune(SlimCallback):
         schedule: how much of the removal is done by which fraction of the run.
         scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
         round_to: widths are rounded up to multiples of this.
+        module: dotted name of the only part of the model that may be cut, such as `"backbone"`; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         compensate: `"least_squares"` folds the removed units into those that stay; `"none"` drops them.
         verify: whether every group is tried before the first cut, and every cut before it is made.
         recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch).
         record_every_n_steps: how often evidence is recorded.
+        reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each cut: what was best before was
+            best of a larger model. Files of the old best stay on disk.
         seed: of scores that draw.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
     """
@@ -54,11 +60,13 @@ class Prune(SlimCallback):
         schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
         scope: Scope = "local",
         round_to: int = 1,
+        module: str = "",
         skip: Skip = (),
         compensate: Compensate = "least_squares",
         verify: bool = True,
         recovery_epochs: float = 1.0,
         record_every_n_steps: int = 10,
+        reset_monitors: bool = True,
         seed: int = 0,
         print_report: bool = True,
     ) -> None:
@@ -69,12 +77,15 @@ class Prune(SlimCallback):
         self.score, self.budget, self.schedule = score, budget, schedule
         self.selection = Selection(scope, round_to)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
+        self.module, self.reset_monitors = module, reset_monitors
         self.recovery_epochs = recovery_epochs
         self.record_every_n_steps = record_every_n_steps
         self.print_report = print_report
         self._pruner: Pruner | None = None
         self._point = -1  # the last point in time at which a cut was decided on
         self._batches = 0
+        self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
+        self._calls: dict[str, Example] = {}
         self._watching = ExitStack()
 
     @property
@@ -98,7 +109,9 @@ class Prune(SlimCallback):
                 "Expected one pruning callback, got several: each would cut the other's units."
             )
         if self._pruner is None or self._pruner.model is not pl_module or not self._pruner.in_step:
-            self._point, self._batches = -1, 0
+            self._point, self._batches, self._gradients_due = -1, 0, []
+            if stage == "fit" and cut_tensors(pl_module) and not trainer.ckpt_path:
+                rank_zero_warn("The module was cut before: the budget counts from what is there now.")
             self._pruner = Pruner(
                 pl_module,
                 self.score,
@@ -110,28 +123,29 @@ class Prune(SlimCallback):
                 seed=self.seed,
             )
 
-    def cut_tensors(self) -> list[str]:
-        return self._pruner.cut_tensors if self._pruner is not None else []
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "point": self._point,
             "batches": self._batches,
+            "gradients_due": list(self._gradients_due),
             "pruner": self.pruner.state_dict() if self._pruner is not None else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._point, self._batches = state_dict["point"], state_dict["batches"]
+        self._gradients_due = list(state_dict["gradients_due"])
         self.pruner.load_state_dict(state_dict["pruner"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_skip(pl_module, self.skip)
-        self.pruner.skip = tuple(self.skip)
+        check_skip(pl_module, [*self.skip, *([self.module] if self.module else [])])
+        self.pruner.skip, self.pruner.module = tuple(self.skip), self.module
+        self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
+        self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = epochs_in_run(trainer)
         last = (math.ceil(run / self.recovery_epochs - 1e-9) - 1) * self.recovery_epochs / run
-        if self.schedule.end > last + 1e-9:
+        if self.schedule.end > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"Expected a schedule that ends by {last:.2f} of the run, the last point at which units can be removed "
                 f"({run:g} epochs, cuts {self.recovery_epochs:g} apart), got {self.schedule}: end it earlier, or lower "
@@ -142,27 +156,36 @@ class Prune(SlimCallback):
 
     # Only here, and not at the start of an epoch: a resume from a checkpoint of an epoch's last batch skips that hook.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._cut_if_due(trainer, batch_idx)
-        if not self.pruner.calls:
+        self._watching.close()  # a module that returns -1 from this hook skips the end of the batch
+        self._cut_if_due(trainer, pl_module, batch_idx)
+        due = self._batches % self.record_every_n_steps == 0
+        if not self.pruner.calls or (due and not self.history.events):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
-        if self.pruner.prepared and self._batches % self.record_every_n_steps == 0:
+        if self.pruner.prepared and (due or not self.pruner.recorder.ready):
             self._watching.enter_context(self.pruner.recording())
+            self._gradients_due = list(range(len(trainer.optimizers)))
         self._batches += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.
-        recorded = (self._batches - 1) % self.record_every_n_steps == 0
-        if "saliency" in self.score.needs and self.pruner.prepared and recorded:
-            self.pruner.recorder.observe_gradients()
+        if "saliency" not in self.score.needs or not self.pruner.prepared:
+            return
+        for i in [i for i in self._gradients_due if trainer.optimizers[i] is optimizer]:
+            self._gradients_due.remove(i)
+            self.pruner.recorder.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._watching.close()
-        if not self.pruner.prepared:
-            self.pruner.prepare(networks=self._calls)
+        calls, self._calls = self._calls, {}
+        if (
+            not self.history.events and calls.keys() - self.pruner.networks
+        ):  # the first batch, or a network's first call
+            self.pruner.prepare(networks={**calls, **self.pruner.calls})
             self._announce()
-        self.pruner.calls = self.pruner.calls or self._calls  # a checkpoint need not hold them
+        elif not self.pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
+            self.pruner.meet(calls)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._watching.close()
@@ -175,8 +198,14 @@ class Prune(SlimCallback):
             pl_module.log_dict(scalars)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.print_report and trainer.is_global_zero and self.pruner.calls:
-            table = self.report(metrics_of(trainer))
+        self._watching.close()
+        self._warn_if_short(trainer)
+        if self.print_report and trainer.is_global_zero and self.pruner.prepared and self.pruner.calls:
+            try:
+                table = self.report(metrics_of(trainer))
+            except Exception as error:  # a report must never fail a run that is over
+                rank_zero_warn(f"The report could not be made: {type(error).__name__}: {error}")
+                return
             table.save(trainer.log_dir or trainer.default_root_dir)
             Console().print(table)
 
@@ -194,7 +223,19 @@ class Prune(SlimCallback):
         resize_to(dense, self.pruner.original_shapes)
         return report(dense, slim, networks=self.pruner.calls, dense_metrics=dense_metrics, slim_metrics=slim_metrics)
 
-    def _cut_if_due(self, trainer: Trainer, batch_idx: int) -> None:
+    def _warn_if_short(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
+            return
+        left = self.budget.remaining(self.pruner.costs, self.pruner.widths)
+        if left > self.budget.fraction + 1e-9:
+            why = "the run stopped before the schedule ended" if self.pruner.recorder.ready else "nothing was recorded"
+            rank_zero_warn(
+                f"Pruning is not finished: {left:.1%} remains, {self.budget.fraction:.1%} was asked for. Perhaps "
+                f"{why}, or steps were counted for each of several optimizers (give `max_epochs` then).",
+                category=NoEffectWarning,
+            )
+
+    def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
         point = math.floor(epochs / self.recovery_epochs + 1e-9)
         if point <= self._point or not self.pruner.prepared:
@@ -203,10 +244,15 @@ class Prune(SlimCallback):
         progress = min(point * self.recovery_epochs / epochs_in_run(trainer), 1.0)
         if self.pruner.asks(progress) and not self.pruner.recorder.ready:
             return  # it will be, in a few batches
-        event = self.pruner.step(progress, trainer.optimizers, trainer.global_step)
+        event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step)
         self._point = point
-        if event is not None:
-            self._tell(trainer, event)
+        if event is not None and self.pruner.last_change is not None:
+            remember_cut(pl_module, self.pruner.cut_tensors)
+            agree_on_shapes(trainer.strategy, pl_module)
+            tell(trainer, pl_module, self.pruner.last_change)
+            if self.reset_monitors:
+                reset_monitors(trainer)
+            self._log(trainer, event)
 
     def _scalars(self, trainer: Trainer) -> dict[str, float]:
         costs, widths = self.pruner.costs, self.pruner.widths
@@ -229,7 +275,7 @@ class Prune(SlimCallback):
         for layer, reason in self.pruner.left_whole.items():
             rank_zero_info(f"slim: {layer} stays whole: {reason}")
 
-    def _tell(self, trainer: Trainer, event: PruningEvent) -> None:
+    def _log(self, trainer: Trainer, event: PruningEvent) -> None:
         rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars(trainer), step=trainer.global_step)

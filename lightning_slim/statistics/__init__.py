@@ -2,7 +2,7 @@
 
 from lightning_slim.statistics.granger import ForwardSelection, Regression, forward_selection
 from lightning_slim.statistics.least_squares import Image, least_squares_image
-from lightning_slim.statistics.moments import Moments
+from lightning_slim.statistics.moments import Moments, merged
 from lightning_slim.statistics.series import with_lags
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Regression",
     "forward_selection",
     "least_squares_image",
+    "merged",
     "with_lags",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -53,6 +53,12 @@ class Moments:
         for mine, theirs in zip(self._settled(), other._settled(), strict=True):
             mine += theirs
 
+    def copy(self) -> Moments:
+        """The same sums, on their own."""
+        copied = Moments(0, self.device)
+        copied.load_state_dict(self.state_dict())
+        return copied
+
     def decay(self, factor: float) -> None:
         """Forgets: what was seen so far counts only `factor` times as much from now on."""
         self._fading *= factor
@@ -91,3 +97,11 @@ class Moments:
             state[key].to(self.device, torch.float64).clone() for key in ("count", "total", "second")
         )
         self._fading = 1.0
+
+
+def merged(streams: Sequence[Moments]) -> Moments:
+    """One stream of several of the same columns; they are left as they are."""
+    result = streams[0].copy()
+    for stream in streams[1:]:
+        result.merge(stream)
+    return result

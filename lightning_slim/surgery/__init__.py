@@ -1,6 +1,6 @@
 """Carries out a plan; knows no score."""
 
-from lightning_slim.surgery.cut import Cut, remove_units, resize_to, restore
+from lightning_slim.surgery.cut import Cut, StructureChange, remove_units, resize_to, restore
 from lightning_slim.surgery.graph import Example
 from lightning_slim.surgery.groups import Survey, find_groups, survey
 from lightning_slim.surgery.optimizer import migrate
@@ -8,6 +8,7 @@ from lightning_slim.surgery.optimizer import migrate
 __all__ = [
     "Cut",
     "Example",
+    "StructureChange",
     "Survey",
     "find_groups",
     "migrate",

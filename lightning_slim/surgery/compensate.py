@@ -14,7 +14,9 @@ Image = tuple[Float[Tensor, "kept removed"], Float[Tensor, "removed"]]
 
 
 @torch.no_grad()
-def fold(model: nn.Module, reader: Reader, keep: Bool[Tensor, "units"], image: Image) -> Callable[[], None]:
+def fold(
+    model: nn.Module, reader: Reader, keep: Bool[Tensor, "units"], image: Image, weight_too: bool = True
+) -> Callable[[], None]:
     """Lets a reader hear the removed units through the kept ones: `removed ~ constant + kept @ weight`.
 
     With `W` the reader's columns: `W_kept += W_removed weight'` at every kernel position and every position of a unit,
@@ -26,6 +28,7 @@ def fold(model: nn.Module, reader: Reader, keep: Bool[Tensor, "units"], image: I
         reader: where the units are read.
         keep: which units stay.
         image: weight and constant, from `least_squares_image`.
+        weight_too: False folds the constant only: the weight is tied to that of a reader that was folded before.
 
     Returns:
         A function that undoes the fold.
@@ -36,10 +39,10 @@ def fold(model: nn.Module, reader: Reader, keep: Bool[Tensor, "units"], image: I
     index = reader.span.index.to(columns.device)
     keep = keep.to(columns.device)
     gone = columns[index[~keep]]  # removed, width, ...
-    old = columns.clone()
-    share = torch.tensordot(weight.to(columns), gone, dims=1)
-    columns.index_put_((index[keep],), share, accumulate=True)
-    undo = [(columns, old)]
+    undo = [(columns, columns.clone())]
+    if weight_too:
+        share = torch.tensordot(weight.to(columns), gone, dims=1)
+        columns.index_put_((index[keep],), share, accumulate=True)
     if reader.offset is not None:
         offset = tensors[reader.offset]
         undo.append((offset, offset.clone()))

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.units import UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,23 @@ class Cut:
         return tensor.contiguous() if layout is torch.preserve_format else tensor.contiguous(memory_format=layout)
 
 
+@dataclass(frozen=True)
+class StructureChange:
+    """A cut that can be repeated on any copy of the model: on averages, teachers, other wrappers.
+
+    Attributes:
+        groups: the units as they were before the cut.
+        plan: which of them stay.
+    """
+
+    groups: Sequence[UnitGroup]
+    plan: Plan
+
+    def apply(self, model: nn.Module) -> list[Cut]:
+        """Cuts a copy of the model in the same way."""
+        return remove_units(model, self.groups, self.plan)
+
+
 @torch.no_grad()
 def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[Cut]:
     """Cuts the units that a plan does not keep out of a model.
@@ -56,7 +74,7 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
         One cut for each tensor that changed, for `migrate`.
 
     Raises:
-        ValueError: a group is not known, or its mask has the wrong length, or keeps nothing.
+        ValueError: a group is not known, or its mask has the wrong length, or keeps less than two.
     """
     keep = _positions_kept(model, {group.name: group for group in groups}, plan)
     cuts = [_prepare(name, tensor, axes) for name, tensor, axes in keep]
@@ -82,7 +100,9 @@ def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
         shapes: tensor name -> shape; tensors that are not named, or have that shape, stay.
     """
     tensors = named_tensors(model)
-    changed = {n: t for n, t in tensors.items() if n in shapes and tuple(t.shape) != tuple(shapes[n])}
+    changed = {
+        n: t for n, t in tensors.items() if n in shapes and not is_lazy(t) and tuple(t.shape) != tuple(shapes[n])
+    }
     _replace(model, {id(t): _like(t, t.new_zeros(tuple(shapes[n]))) for n, t in changed.items()})
     refresh(model, changed)
 
@@ -126,8 +146,11 @@ def _check(name: str, mask: Tensor, groups: Mapping[str, UnitGroup]) -> None:
         raise ValueError(
             f"Expected a boolean mask of {size} entries for {name!r}, got {mask.dtype} of shape {tuple(mask.shape)}."
         )
-    if not bool(mask.any()):
-        raise ValueError(f"Expected at least one unit of {name!r} to stay, got none: keep one, or leave it out.")
+    if int(mask.sum()) < MIN_UNITS:
+        raise ValueError(
+            f"Expected at least {MIN_UNITS} units of {name!r} to stay, got {int(mask.sum())}: keep more, or leave it "
+            "out of the plan."
+        )
 
 
 def _others(size: int, gone: Tensor) -> Tensor:

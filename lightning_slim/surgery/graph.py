@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_slim.eager import eagerly
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.units import Role
 
@@ -26,10 +27,17 @@ MAX_POINTS = 2_000_000  # beyond this an index mapping has gone astray; ResNet-1
 
 
 class Example(NamedTuple):
-    """One call of a network: `network(*args, **kwargs)`."""
+    """One call of a network: `network(*args, **kwargs)`.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        samples: how many samples of a batch are in it, if that is known; MACs are counted for one.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = {}
+    samples: int = 1
 
 
 class Channel(NamedTuple):
@@ -96,7 +104,8 @@ def _channels(graph: Any, names: Mapping[nn.Module, str], points: list[_Point]) 
     """The points that are layers or parameters; the others are operations such as an addition."""
     for node, role, index in points:
         if isinstance(node.module, nn.Parameter):
-            yield Channel(graph._param_to_name[node.module], "out", index, node.pruning_dim)
+            name = graph._param_to_name[node.module].removeprefix("network.")
+            yield Channel(name, "out", index, node.pruning_dim)
         elif node.module in names:
             yield Channel(names[node.module], role, index)
 
@@ -116,13 +125,13 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
     """torch-pruning's graph, and the autograd nodes whose channels an input or output of the network fixes."""
     import torch_pruning as tp
 
+    traced = _Traced(model)
     inputs: list[Tensor] = []
 
     def follow(leaf: Any) -> Any:
-        # torch-pruning skips leaves: a clone makes an input a node, so that what is added to it shows.
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
-        inputs.append(leaf.detach().requires_grad_().clone())
+        inputs.append(traced.let_in(leaf.detach().requires_grad_()))
         return inputs[-1]
 
     outputs: list[Tensor] = []
@@ -132,14 +141,20 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
         outputs.extend(leaves)
         return leaves
 
+    def forward(*_: Any) -> Any:
+        args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
+        return model(*args, **kwargs)
+
+    for leaf in tree_leaves(tuple(example)):
+        traced.announce(leaf)
     with untouched(model):
-        args, kwargs = tree_map(follow, (tuple(example.args), dict(example.kwargs)))
         graph = tp.DependencyGraph().build_dependency(
-            model,
+            traced,
             example_inputs=None,
-            forward_fn=lambda network, _: network(*args, **kwargs),
+            forward_fn=forward,
             output_transform=tensors,
             verbose=False,
+            customized_pruners={_Input: _InputWidth()},
         )
     if not outputs:
         raise ValueError(
@@ -147,6 +162,52 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
             "prune a submodule whose output does."
         )
     return graph, {tensor.grad_fn for tensor in (*inputs, *outputs)}
+
+
+class _Input(nn.Module):
+    """Stands where an input enters: torch-pruning skips leaves, and could not tell what is added to one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+class _InputWidth:
+    """What torch-pruning asks of a layer, of an input; nothing is ever pruned by it."""
+
+    def prune_out_channels(self, layer: _Input, indices: Any) -> _Input:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: _Input) -> int:
+        return layer.width
+
+    get_in_channels = get_out_channels
+
+
+class _Traced(nn.Module):
+    """A network with its inputs as modules."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.inputs = nn.ModuleList()
+        self.entered = 0
+
+    def announce(self, leaf: Any) -> None:
+        """Makes room for an input before tracing begins: hooks are set then."""
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            self.inputs.append(_Input(leaf.shape[1] if leaf.ndim > 1 else leaf.numel()))
+
+    def let_in(self, leaf: Tensor) -> Tensor:
+        """The next input, as it enters the network."""
+        self.entered += 1
+        entered: Tensor = self.inputs[self.entered - 1](leaf)
+        return entered
 
 
 @contextmanager
@@ -161,6 +222,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),
+            eagerly(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.surgery.graph import Channel, Component, Coupling, Example, find_coupling
+from lightning_slim.surgery.graph import Channel, Component, Coupling, Example, find_coupling, untouched
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.units import Reader, Role, Span, UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup, named_tensors
 
 Site = tuple[str, int, Role]  # tensor, axis, role
 
@@ -37,6 +39,41 @@ def as_example(inputs: Any) -> Example:
     if isinstance(inputs, Mapping):
         return Example((), dict(inputs))
     return Example(tuple(inputs)) if isinstance(inputs, tuple | list) else Example((inputs,))
+
+
+SAMPLES = 2  # of a batch: enough to trace, small enough to be quick
+
+
+def workable(network: nn.Module, call: Example) -> Example:
+    """A call cut down to two samples, if the network takes it so, of the network's own floating type.
+
+    Where the first axis is not the batch everywhere (attention masks, graphs, a single image), the whole call is kept.
+    """
+    weight = next((p for p in network.parameters() if p.is_floating_point()), None)
+
+    def alike(leaf: Any) -> Any:  # under autocast, one network's output in bfloat16 may be another one's input
+        half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+        return leaf.to(weight.dtype) if half and weight is not None else leaf
+
+    args, kwargs = tree_map(alike, (call.args, dict(call.kwargs)))
+    call = Example(args, kwargs, call.samples)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    batch = tensors[0].shape[0] if tensors else 0
+    if batch <= SAMPLES:
+        return call if call.samples > 1 else call._replace(samples=max(batch, 1))
+
+    def shrink(leaf: Any) -> Any:
+        is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return leaf[:SAMPLES].clone() if is_batch else leaf
+
+    args, kwargs = tree_map(shrink, (args, kwargs))
+    small = Example(args, kwargs, SAMPLES)
+    with untouched(network), torch.no_grad():
+        try:
+            network(*small.args, **small.kwargs)
+        except Exception:  # whatever a user's forward raises: the whole call, which it took in training, remains
+            return call
+    return small
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> list[UnitGroup]:
@@ -107,9 +144,27 @@ def _why_not(model: nn.Module, component: Component) -> tuple[str, str]:
             name,
             f"it meets {unknown}, and {type(model.get_submodule(unknown)).__name__} is not understood",
         )
+    for channel in component.channels:
+        reason = _cannot_be_followed(model, channel)
+        if reason:
+            return name, reason
     if component.fixed:
         return name, "it reaches an input or an output of the network"
     return name, ""
+
+
+def _cannot_be_followed(model: nn.Module, channel: Channel) -> str:
+    """Why a channel cannot be found in its layer's tensors; empty if it can."""
+    if channel.axis is not None:
+        size = model.get_parameter(channel.owner).shape[channel.axis]
+        return "" if channel.number < size else f"its channels could not be followed to {channel.owner}"
+    module = model.get_submodule(channel.owner)
+    if is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
+        return f"{channel.owner} is parametrized: remove the parametrization, or leave it whole"
+    kind = layer_kind(module)
+    places = kind.places(module, channel.role) if kind is not None else []
+    fits = all(channel.number < len(place.index) for place in places)
+    return "" if fits else f"its channels could not be followed to {channel.owner}"
 
 
 def _makes_channels(model: nn.Module, channel: Channel) -> bool:
@@ -176,8 +231,9 @@ def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, resu
     members = sorted(members, key=lambda unit: unit.order)
     index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
     reason = _half_tied(model, index)
-    if reason or len(members) < 2:
-        result.left_whole.setdefault(prefix + name, reason or "it has one unit only")
+    if reason or len(members) <= MIN_UNITS:
+        few = f"it has {len(members)} units, and {MIN_UNITS} must stay"
+        result.left_whole.setdefault(prefix + name, reason or few)
         return
     spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
     readers = tuple(

@@ -46,24 +46,46 @@ def compare(
 ) -> str:
     """Cuts a plan out of a model, compares it with the model in which nothing reads those units, and puts them back.
 
-    Where units pass a normalisation that mixes channels, only shapes and finiteness are compared.
+    A normalisation that mixes channels only scales and shifts them meanwhile, so the comparison is exact everywhere. It
+    is made in eval mode; in the modes the model is in, the cut model must run.
 
     Returns:
         What is wrong; empty if nothing is.
     """
-    exact = not any(_mixes(model, group) for group in groups if group.name in plan)
+    modes = {module: module.training for module in model.modules()}
     with untouched(model):
+        with _unmixed(model), _unread(model, groups, plan):
+            before = _outputs(model, calls)
+            trains = any(modes.values()) and _runs(model, calls, modes)
+        cuts = remove_units(model, groups, plan)
         try:
-            with _unread(model, groups, plan):
-                before = _outputs(model, calls)
-            cuts = remove_units(model, groups, plan)
-            try:
+            with _unmixed(model):
                 after = _outputs(model, calls)
-            finally:
-                restore(model, cuts)
+            if trains:
+                _set_modes(modes)
+                _outputs(model, calls)
         except Exception as error:  # whatever a user's forward raises on other widths
-            return f"the network fails without them ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
-    return _difference(before, after, exact)
+            message = (str(error).splitlines() or [""])[0][:100]
+            return f"the network fails without them ({type(error).__name__}: {message})"
+        finally:
+            restore(model, cuts)
+    return _difference(before, after)
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bool:
+    """Whether the model can be called with its example in some modes: a batch of one has no batch statistics."""
+    with untouched(model):
+        _set_modes(modes)
+        try:
+            _outputs(model, calls)
+        except Exception:  # it is the cut that is on trial, not the example
+            return False
+    return True
 
 
 def _half(group: UnitGroup) -> Bool[Tensor, "units"]:
@@ -73,7 +95,7 @@ def _half(group: UnitGroup) -> Bool[Tensor, "units"]:
 
 def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
     outputs: list[Tensor] = []
-    for name, (args, kwargs) in calls.items():
+    for name, (args, kwargs, _) in calls.items():
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             outputs.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if _is_real(leaf))
@@ -84,21 +106,36 @@ def _is_real(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _difference(before: list[Tensor], after: list[Tensor], exact: bool) -> str:
+def _difference(before: list[Tensor], after: list[Tensor]) -> str:
     if [t.shape for t in before] != [t.shape for t in after]:
         return "the shape of an output changes with them"
     for a, b in zip(before, after, strict=True):
         if bool(a.isfinite().all()) and not bool(b.isfinite().all()):
             return "an output is not finite without them"
         error = float((a - b).abs().max()) / (float(a.abs().max()) + 1e-12) if a.numel() else 0.0
-        if exact and error > max(1e-3, 8 * torch.finfo(a.dtype).eps):
+        if error > max(1e-3, 8 * torch.finfo(a.dtype).eps):
             return f"the outputs change by {error:.0%} where nothing reads them"
     return ""
 
 
-def _mixes(model: nn.Module, group: UnitGroup) -> bool:
-    kinds = [layer_kind(model.get_submodule(layer)) for layer in group.layers]
-    return any(kind is not None and kind.mixes_channels for kind in kinds)
+@contextmanager
+def _unmixed(model: nn.Module) -> Iterator[None]:
+    """Normalisations that mix channels only scale and shift them, for the time being."""
+
+    def scale_and_shift(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        last = not isinstance(module, nn.GroupNorm)  # where the channels are: at the end, or at axis 1
+        shape = (-1, *[1] * (output.ndim - 2))
+        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        scaled = args[0] if weight is None else args[0] * weight.view(weight.shape if last else shape)
+        return scaled if bias is None else scaled + bias.view(bias.shape if last else shape)
+
+    mixing = [m for m in model.modules() if (kind := layer_kind(m)) is not None and kind.mixes_channels]
+    handles = [module.register_forward_hook(scale_and_shift) for module in mixing]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -105,19 +105,29 @@ def test_a_fold_can_be_undone() -> None:
 
 
 def test_a_fold_with_one_removed_unit_by_hand() -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     with torch.no_grad():
-        network[1].weight.copy_(torch.tensor([[2.0, 5.0]]))
+        network[1].weight.copy_(torch.tensor([[2.0, 5.0, 7.0]]))
         network[1].bias.fill_(1.0)
     (group,) = find_groups(network, torch.randn(3, 2))
-    fold(network, group.readers[0], torch.tensor([True, False]), (torch.tensor([[0.5]]), torch.tensor([3.0])))
-    assert network[1].weight.tolist() == [[2.0 + 0.5 * 5.0, 5.0]]
+    fold(
+        network,
+        group.readers[0],
+        torch.tensor([True, False, True]),
+        (torch.tensor([[0.5], [2.0]]), torch.tensor([3.0])),
+    )
+    assert network[1].weight.tolist() == [[2.0 + 0.5 * 5.0, 5.0, 7.0 + 2.0 * 5.0]]
     assert network[1].bias.item() == 1.0 + 3.0 * 5.0
 
 
 def test_convolutions_share_the_image_over_positions() -> None:
-    network = Net(lambda s, x: s.b(s.a(x)), a=conv(1, 2), b=conv(2, 1))
+    network = Net(lambda s, x: s.b(s.a(x)), a=conv(1, 3), b=conv(3, 1))
     group = next(g for g in find_groups(network, torch.randn(1, 1, 4, 4)) if g.name == "a")
     weight = network.b.weight.detach().clone()
-    fold(network, group.readers[0], torch.tensor([True, False]), (torch.tensor([[0.5]]), torch.tensor([0.0])))
+    fold(
+        network,
+        group.readers[0],
+        torch.tensor([True, False, True]),
+        (torch.tensor([[0.5], [0.0]]), torch.tensor([0.0])),
+    )
     torch.testing.assert_close(network.b.weight[:, 0], weight[:, 0] + 0.5 * weight[:, 1])

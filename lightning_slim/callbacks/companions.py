@@ -1,0 +1,74 @@
+"""What else holds the model while it is cut: averages, the distributed wrapper, monitors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_slim.eager import forget_compiled
+from lightning_slim.surgery import StructureChange
+
+
+def copies(trainer: Trainer) -> list[nn.Module]:
+    """Copies of the module that callbacks keep: SWA, WeightAveraging and its children name it `_average_model`."""
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [a.module if isinstance(a, AveragedModel) else a for a in averages if isinstance(a, nn.Module)]
+
+
+def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange) -> None:
+    """Lets everything follow a cut of the module; its optimizers and copies were cut with it."""
+    forget_compiled()
+    if is_ddp(trainer.strategy):
+        wrap_again(trainer.strategy, pl_module)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        hook = getattr(callback, "on_structure_change", None)
+        if hook is not None:
+            hook(change)
+
+
+def is_ddp(strategy: Any) -> bool:
+    """Whether a strategy wraps the module in DistributedDataParallel; by name, for both import names of Lightning."""
+    return "DDPStrategy" in {c.__name__ for c in type(strategy).__mro__}
+
+
+def wrap_again(strategy: Any, pl_module: LightningModule) -> None:
+    """A new DistributedDataParallel wrapper: the old one's reducer knows the old parameters only."""
+    strategy.model = pl_module
+    strategy.configure_ddp()
+    if hasattr(strategy, "_pl_static_graph_delay_done"):
+        strategy._pl_static_graph_delay_done = False
+
+
+def agree_on_shapes(strategy: Any, module: nn.Module) -> None:
+    """Raises a RuntimeError if a rank has other shapes than rank 0."""
+    shapes = [tuple(tensor.shape) for tensor in module.state_dict().values() if isinstance(tensor, torch.Tensor)]
+    if strategy.broadcast(shapes, src=0) != shapes:
+        raise RuntimeError("Expected the same shapes on every rank after a cut, got others than on rank 0.")
+
+
+def reset_monitors(trainer: Trainer) -> None:
+    """Lets ModelCheckpoint and EarlyStopping begin anew: what was best before a cut was best of a larger model.
+
+    Files of the old best stay on disk.
+    """
+    for callback in _monitors(trainer, "best_k_models"):
+        callback.best_k_models = {}
+        callback.best_model_score = None
+        callback.kth_best_model_path = ""
+        infinite = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        callback.kth_value = infinite
+    for callback in _monitors(trainer, "wait_count"):
+        callback.wait_count = 0
+        callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+
+
+def _monitors(trainer: Trainer, attribute: str) -> Iterator[Any]:
+    """Callbacks that remember a best value of a monitored metric under this attribute."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, attribute) and getattr(callback, "monitor", None) is not None:
+            yield callback

@@ -1,0 +1,25 @@
+"""Compiled modules, run eagerly for a while: hooks do not fire in a compiled graph, and a trace would see one node."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Nothing compiled runs within; nothing is compiled either. Free where nothing was compiled in this process."""
+    if "torch._dynamo" not in sys.modules:  # slow to import, and no module can be compiled without it
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def forget_compiled() -> None:
+    """Drops all compiled graphs: past a limit of eight structures, dynamo would silently run eager instead."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

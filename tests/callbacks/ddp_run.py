@@ -1,0 +1,66 @@
+"""A script, started by a test: two processes prune in step, and write down what they end with.
+
+python ddp_run.py FOLDER KIND STRATEGY [CHECKPOINT]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.callbacks.runs import Lit, loader, trainer
+from tests.callbacks.test_resume import prune
+
+STRATEGIES = {
+    "plain": {},
+    "static": {"static_graph": True},
+    "unused": {"find_unused_parameters": True},
+    "views": {"gradient_as_bucket_view": True},
+}
+
+
+class WriteDown(Callback):
+    """Weights and optimizer state of this rank, after every batch that follows a cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.snapshots = folder, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        state = [
+            value.clone()
+            for entries in trainer.optimizers[0].state.values()
+            for value in entries.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        self.snapshots.append({"weights": weights, "state": state})
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        torch.save(self.snapshots, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, kind, strategy, *checkpoint = sys.argv[1:]
+    callback = prune(kind)
+    fit = trainer(
+        folder,
+        callback,
+        WriteDown(Path(folder)),
+        ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
+        strategy=DDPStrategy(process_group_backend="gloo", **STRATEGIES[strategy]),
+        devices=2,
+        accumulate_grad_batches=2 if strategy == "views" else 1,
+    )
+    fit.fit(Lit(), loader(64), ckpt_path=checkpoint[0] if checkpoint else None)
+    assert len(callback.history.events) == 2
+
+
+if __name__ == "__main__":
+    main()

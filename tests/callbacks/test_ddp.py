@@ -1,0 +1,61 @@
+"""Two processes cut in step: after every batch their weights and optimizer states are equal to the bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.networks import same
+
+SCRIPT = Path(__file__).with_name("ddp_run.py")
+
+
+def run(folder: Path, *args: str) -> list[list[dict[str, Any]]]:
+    """What each of the two ranks wrote down."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), *args], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    states = zip(a["state"], b["state"], strict=True)
+    return same(a["weights"], b["weights"]) and all(torch.equal(x, y) for x, y in states)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("granger", "plain"),
+        pytest.param("taylor", "unused", marks=pytest.mark.slow),
+        pytest.param("granger", "static", marks=pytest.mark.slow),
+        pytest.param("magnitude", "views", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_stay_equal(tmp_path: Path, kind: str, strategy: str) -> None:
+    first, second = run(tmp_path, kind, strategy)
+    assert len(first) == len(second) == 24
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[0]["weights"]["net.c1.weight"].shape[0] == 8
+    assert first[-1]["weights"]["net.c1.weight"].shape[0] == 4
+    moved = (first[-1]["weights"]["net.c1.weight"] - first[-2]["weights"]["net.c1.weight"]).abs().max()
+    assert moved > 0  # it still trains
+
+
+@pytest.mark.slow
+def test_ranks_are_equal_after_a_resume_too(tmp_path: Path) -> None:
+    straight, _ = run(tmp_path / "straight", "granger", "plain")
+    first, second = run(tmp_path / "resumed", "granger", "plain", str(tmp_path / "straight" / "epoch=2.ckpt"))
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[-1]["weights"]["net.c1.weight"].shape == straight[-1]["weights"]["net.c1.weight"].shape
