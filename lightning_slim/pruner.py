@@ -360,7 +360,9 @@ class Pruner:
             return False
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if "saliency" in self.score.needs and not any(
-            parameters[span.tensor].requires_grad for span in group.spans if span.tensor in parameters
+            parameters[span.tensor].requires_grad
+            for span in group.spans
+            if span.role == "out" and span.tensor in parameters
         ):
             self.left_whole[group.name] = "it is frozen, so no gradient says how important it is"
             return False

@@ -108,7 +108,8 @@ class Prune(SlimCallback):
             raise MisconfigurationException(
                 "Expected one pruning callback, got several: each would cut the other's units."
             )
-        if self._pruner is None or self._pruner.model is not pl_module or not self._pruner.in_step:
+        old = self._pruner
+        if old is None or old.model is not pl_module or not old.prepared or not old.in_step:
             self._point, self._batches, self._gradients_due = -1, 0, []
             if stage == "fit" and cut_tensors(pl_module) and not trainer.ckpt_path:
                 rank_zero_warn("The module was cut before: the budget counts from what is there now.")
@@ -139,6 +140,7 @@ class Prune(SlimCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_skip(pl_module, [*self.skip, *([self.module] if self.module else [])])
         self.pruner.skip, self.pruner.module = tuple(self.skip), self.module
+        self.pruner.budget, self.pruner.schedule = self.budget, self.schedule
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
 

@@ -59,7 +59,9 @@ class LayerNorm(LayerKind):
 
     def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
         assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
-        return present(layer, ("weight", "bias"), 0, every_channel(layer.normalized_shape[-1]))
+        # Over several axes (channels and pixels, say) no axis is the channels': they cannot be followed.
+        channels = layer.normalized_shape[0] if len(layer.normalized_shape) == 1 else 0
+        return [Place(name, 0, every_channel(channels)) for name in ("weight", "bias") if hasattr(layer, name)]
 
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
