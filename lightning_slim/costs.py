@@ -38,6 +38,7 @@ class Costs:
         layer_macs: layer -> multiply-accumulates of one forward pass of the example, its children's left out.
         shapes: tensor -> shape, of all parameters that a group touches.
         axes: tensor -> axis -> who owns how much of it.
+        packs: group -> pack, of those that must keep as many units as others.
     """
 
     original: dict[str, int]
@@ -45,6 +46,7 @@ class Costs:
     layer_macs: dict[str, int]
     shapes: dict[str, list[int]]
     axes: dict[str, dict[int, _Axis]]
+    packs: dict[str, str]
 
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[UnitGroup], layer_macs: Mapping[str, int]) -> Costs:
@@ -67,7 +69,8 @@ class Costs:
             for name, by_axis in owned.items()
         }
         shapes = {name: list(tensors[name].shape) for name in axes}
-        return cls(original, sum(p.numel() for p in model.parameters()), dict(layer_macs), shapes, axes)
+        packs = {group.name: group.pack for group in groups if group.pack}
+        return cls(original, sum(p.numel() for p in model.parameters()), dict(layer_macs), shapes, axes, packs)
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""

@@ -24,7 +24,7 @@ from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip, skips
 from lightning_slim.statistics import Moments, least_squares_image, merged
-from lightning_slim.surgery import Example, StructureChange, migrate, remove_units, restore
+from lightning_slim.surgery import Example, StructureChange, Survey, migrate, remove_units, restore
 from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
 from lightning_slim.surgery.verify import compare, vet
@@ -123,7 +123,7 @@ class Pruner:
         calls = self._workable({"": example_inputs} if networks is None else networks)
         found = survey_networks(self.model, calls)
         self.left_whole = found.left_whole
-        groups = [group for group in found.groups if self._wanted(group)]
+        groups = _whole_packs([group for group in found.groups if self._wanted(group)], found, self.left_whole)
         if self.verify:
             unfit = self.agree(vet(self.model, groups, calls))
             self.left_whole.update(unfit)
@@ -340,6 +340,8 @@ class Pruner:
             {name: compare(self.model, self.groups, {name: keep}, self.calls) for name, keep in plan.items()}
         )
         culprits = {name: why for name, why in alone.items() if why} or dict.fromkeys(plan, reason)
+        packs = {group.pack: culprits[group.name] for group in self.groups if group.pack and group.name in culprits}
+        culprits |= {group.name: packs[group.pack] for group in self.groups if group.pack in packs}
         self.left_whole.update(culprits)
         self.given_up.update(culprits)
         warnings.warn(
@@ -373,7 +375,7 @@ class Pruner:
 
     def _check_reachable(self, costs: Costs) -> None:
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
-        smallest = self.selection.widths(0.0, costs.original, costs.original, everything)
+        smallest = self.selection.widths(0.0, costs.original, costs.original, everything, costs.packs)
         closest = self.budget.remaining(costs, smallest)
         if closest > self.budget.fraction:
             raise ValueError(
@@ -425,6 +427,16 @@ class Pruner:
 def _alone(value: Any) -> Any:
     """There is one process: everybody agrees, and the mean is the value."""
     return value
+
+
+def _whole_packs(groups: list[UnitGroup], found: Survey, left_whole: dict[str, str]) -> list[UnitGroup]:
+    """The groups without those whose pack is not complete: they must keep as many units as one that stays whole."""
+    names = {group.name for group in groups}
+    broken = {group.pack for group in found.groups if group.pack and group.name not in names}
+    for group in groups:
+        if group.pack in broken:
+            left_whole[group.name] = "it must keep as many units as a layer or direction beside it that stays whole"
+    return [group for group in groups if not group.pack or group.pack not in broken]
 
 
 def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_slim.eager import eagerly
 from lightning_slim.statistics import Moments, with_lags
@@ -165,6 +166,7 @@ class _Watch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs["input"]
+        inputs = inputs.data if isinstance(inputs, PackedSequence) else inputs
         self.recorder.observe(self.group, self.slot, self.reader, inputs)
 
 

@@ -43,6 +43,7 @@ class Selection:
         original: Mapping[str, int],
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
+        packs: Mapping[str, str] | None = None,
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
 
@@ -51,11 +52,17 @@ class Selection:
             original: width of every group before anything was cut.
             current: width of every group now.
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
+            packs: group -> pack; the groups of a pack keep as many units as the widest of them would alone.
         """
         wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        return {**current, **{name: self._allowed(wanted[name], original[name], current[name]) for name in wanted}}
+        widths = {name: self._allowed(wanted[name], original[name], current[name]) for name in wanted}
+        packs = packs or {}
+        widest = dict.fromkeys(packs.values(), 0)
+        for name in widths.keys() & packs.keys():
+            widest[packs[name]] = max(widest[packs[name]], widths[name])
+        return {**current, **{n: widest[packs[n]] if n in packs else width for n, width in widths.items()}}
 
     def fit(
         self,
@@ -71,24 +78,26 @@ class Selection:
         """
 
         def at(level: float) -> dict[str, int]:
-            return self.widths(level, costs.original, current, importance)
+            return self.widths(level, costs.original, current, importance, costs.packs)
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.remaining(costs, widths) <= remaining + 1e-12
 
         widths = at(_largest(lambda level: affordable(at(level))))
-        return self._spend_the_rest(widths, current, costs.original, affordable)
+        return self._spend_the_rest(widths, current, costs, affordable)
 
     def _spend_the_rest(
         self,
         widths: dict[str, int],
         current: Mapping[str, int],
-        original: Mapping[str, int],
+        costs: Costs,
         affordable: Callable[[Mapping[str, int]], bool],
     ) -> dict[str, int]:
         """Groups of one size all change at the same level, which leaves something over: give it back, one by one."""
-        for name in sorted(widths, key=lambda name: widths[name] / original[name]):
-            wider = {**widths, name: min(widths[name] + self.round_to, current[name])}
+        for name in sorted(widths, key=lambda name: widths[name] / costs.original[name]):
+            pack = costs.packs.get(name)
+            together = [other for other in widths if other == name or (pack and costs.packs.get(other) == pack)]
+            wider = {**widths, **{other: min(widths[other] + self.round_to, current[other]) for other in together}}
             widths = wider if affordable(wider) else widths
         return widths
 

@@ -67,11 +67,13 @@ class UnitGroup:
         name: the layer that makes the units.
         spans: where they live; unit `u` is row `u` of every span's index.
         readers: the layers that read them.
+        pack: groups of one pack must keep the same number of units (the layers and directions of an LSTM); empty: none.
     """
 
     name: str
     spans: tuple[Span, ...]
     readers: tuple[Reader, ...] = ()
+    pack: str = ""
 
     @property
     def size(self) -> int:
@@ -166,7 +168,7 @@ def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]])
         keep = plan.get(group.name)
         spans = tuple(shift(span, keep) for span in group.spans)
         readers = tuple(Reader(r.layer, shift(r.span, keep), r.axis, r.chunks, r.offset) for r in group.readers)
-        return UnitGroup(group.name, spans, readers)
+        return UnitGroup(group.name, spans, readers, group.pack)
 
     return [update(group) for group in groups]
 
@@ -175,6 +177,7 @@ def to_state(group: UnitGroup) -> dict[str, Any]:
     """A group as plain data and tensors, which `torch.load(weights_only=True)` reads."""
     return {
         "name": group.name,
+        "pack": group.pack,
         "spans": [vars(span).copy() for span in group.spans],
         "readers": [{**vars(reader), "span": vars(reader.span).copy()} for reader in group.readers],
     }
@@ -184,4 +187,4 @@ def from_state(state: Mapping[str, Any]) -> UnitGroup:
     """The inverse of `to_state`."""
     spans = tuple(Span(**span) for span in state["spans"])
     readers = tuple(Reader(**{**reader, "span": Span(**reader["span"])}) for reader in state["readers"])
-    return UnitGroup(state["name"], spans, readers)
+    return UnitGroup(state["name"], spans, readers, state["pack"])

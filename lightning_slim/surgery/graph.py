@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.eager import eagerly
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.layers.recurrent import opaque
 from lightning_slim.units import Role
 
 MAX_POINTS = 2_000_000  # beyond this an index mapping has gone astray; ResNet-152 has about 200,000
@@ -61,11 +62,11 @@ class Component(NamedTuple):
 
     Attributes:
         channels: all of them.
-        fixed: an input or an output of the network is among them, so they must live.
+        fixed: why they must live, such as that an output of the network is among them; empty if they need not.
     """
 
     channels: list[Channel]
-    fixed: bool
+    fixed: str
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,28 @@ class Coupling:
     normalised_by: dict[str, str]
 
 
+class UntraceableError(ValueError):
+    """The dependency graph of a network cannot be built."""
+
+
 def find_coupling(model: nn.Module, example: Example) -> Coupling:
     """Traces a network and returns which of its channels hang together.
 
     Args:
         model: the network; its weights, modes, `requires_grad` flags and the random state are left as they are.
         example: one call of it.
+
+    Raises:
+        UntraceableError: torch-pruning cannot build the graph.
     """
     graph, fixed = _trace(model, example)
     names = {module: name for name, module in model.named_modules()}
-    components = [
-        Component(
-            list(_channels(graph, names, points)),
-            any(point.role == "out" and point.node.grad_fn in fixed for point in points),
-        )
-        for points in _components(graph)
-    ]
+    components = []
+    for points, astray in _components(graph):
+        reason = "torch-pruning cannot follow its channels" if astray else ""
+        if any(point.role == "out" and point.node.grad_fn in fixed for point in points):
+            reason = "it reaches an input or an output of the network"
+        components.append(Component(list(_channels(graph, names, points)), reason))
     return Coupling(components, _normalised_by(graph, names))
 
 
@@ -141,23 +148,37 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
         outputs.extend(leaves)
         return leaves
 
-    def forward(*_: Any) -> Any:
-        args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
-        return model(*args, **kwargs)
-
     for leaf in tree_leaves(tuple(example)):
         traced.announce(leaf)
-    with untouched(model):
-        graph = tp.DependencyGraph().build_dependency(
-            traced,
-            example_inputs=None,
-            forward_fn=forward,
-            output_transform=tensors,
-            verbose=False,
-            customized_pruners={_Input: _InputWidth()},
-        )
+    widths = {
+        _Input: _InputWidth(),
+        **{type(m): _RecurrentWidth() for m in model.modules() if isinstance(m, nn.RNNBase)},
+    }
+    with untouched(model), opaque(model):
+        network_fails = True
+
+        def forward(*_: Any) -> Any:
+            nonlocal network_fails
+            args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
+            output = model(*args, **kwargs)
+            network_fails = False
+            return output
+
+        try:
+            graph = tp.DependencyGraph().build_dependency(
+                traced,
+                example_inputs=None,
+                forward_fn=forward,
+                output_transform=tensors,
+                verbose=False,
+                customized_pruners=widths,
+            )
+        except Exception as error:  # whatever torch-pruning stumbles over; what the network itself raises is the user's
+            if network_fails:
+                raise
+            raise UntraceableError(f"it cannot be traced ({type(error).__name__}: {error})") from error
     if not outputs:
-        raise ValueError(
+        raise UntraceableError(
             f"Expected {type(model).__name__} to return a tensor that depends on its weights, got none: "
             "prune a submodule whose output does."
         )
@@ -187,6 +208,22 @@ class _InputWidth:
         return layer.width
 
     get_in_channels = get_out_channels
+
+
+class _RecurrentWidth:
+    """What torch-pruning asks of a layer, of a recurrent one: its own pruners know neither layers nor directions."""
+
+    def prune_out_channels(self, layer: nn.RNNBase, indices: Any) -> nn.RNNBase:
+        return layer
+
+    def prune_in_channels(self, layer: nn.RNNBase, indices: Any) -> nn.RNNBase:
+        return layer
+
+    def get_out_channels(self, layer: nn.RNNBase) -> int:
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+
+    def get_in_channels(self, layer: nn.RNNBase) -> int:
+        return layer.input_size
 
 
 class _Traced(nn.Module):
@@ -257,13 +294,14 @@ class _Points:
     def __init__(self) -> None:
         self.ids: dict[_Point, int] = {}
         self.parent: list[int] = []
+        self.astray: set[_Point] = set()  # what they are coupled to could not be found out
 
     def add(self, point: _Point) -> bool:
         """Whether the point is new."""
         if point in self.ids:
             return False
         if len(self.parent) >= MAX_POINTS:
-            raise RuntimeError(f"More than {MAX_POINTS} coupled channels: an index mapping does not terminate.")
+            raise UntraceableError(f"it has more than {MAX_POINTS} coupled channels: an index mapping went astray")
         self.ids[point] = len(self.parent)
         self.parent.append(len(self.parent))
         return True
@@ -278,8 +316,8 @@ class _Points:
         self.parent[self.find(a)] = self.find(b)
 
 
-def _components(graph: Any) -> list[list[_Point]]:
-    """Every set of channels that must live or die together."""
+def _components(graph: Any) -> Iterator[tuple[list[_Point], bool]]:
+    """Every set of channels that must live or die together, and whether some of it may have been missed."""
     points = _Points()
     for module, node in list(graph.module2node.items()):
         makes_channels = isinstance(module, nn.Module) and layer_kind(module) is not None
@@ -289,7 +327,7 @@ def _components(graph: Any) -> list[list[_Point]]:
     components: defaultdict[int, list[_Point]] = defaultdict(list)
     for point in points.ids:
         components[points.find(point)].append(point)
-    return list(components.values())
+    yield from ((members, not points.astray.isdisjoint(members)) for members in components.values())
 
 
 def _spread(graph: Any, points: _Points, node: Any, start: list[_Point]) -> None:
@@ -298,7 +336,7 @@ def _spread(graph: Any, points: _Points, node: Any, start: list[_Point]) -> None
     frontier = [(node, role, [p.channel for p in start if points.add(p)])]
     while frontier:
         node, role, channels = frontier.pop()
-        for target, target_role, pairs in _edges(graph, node, role, channels):
+        for target, target_role, pairs in _edges(graph, points, node, role, channels):
             fresh = []
             for source, reached in pairs:
                 point = _Point(target, target_role, reached)
@@ -309,7 +347,9 @@ def _spread(graph: Any, points: _Points, node: Any, start: list[_Point]) -> None
                 frontier.append((target, target_role, fresh))
 
 
-def _edges(graph: Any, node: Any, role: Role, channels: list[int]) -> Iterator[tuple[Any, Role, list[tuple[int, int]]]]:
+def _edges(
+    graph: Any, points: _Points, node: Any, role: Role, channels: list[int]
+) -> Iterator[tuple[Any, Role, list[tuple[int, int]]]]:
     """The neighbours of some channels of one side of a node: (node, side, pairs of channel and neighbour)."""
     from torch_pruning._helpers import _HybridIndex
 
@@ -317,8 +357,13 @@ def _edges(graph: Any, node: Any, role: Role, channels: list[int]) -> Iterator[t
     for dependency in node.dependencies:
         if dependency.trigger == trigger:
             indices = [_HybridIndex(idx=c, root_idx=c) for c in channels]
-            for mapping in dependency.index_mapping:
-                indices = indices if mapping is None else mapping(indices)
+            try:
+                for mapping in dependency.index_mapping:
+                    if mapping is not None and not _slices_something_else(graph, mapping, node, dependency.target):
+                        indices = mapping(indices)
+            except (IndexError, TypeError, ZeroDivisionError):  # torch-pruning's guess at a view or split does not fit
+                points.astray.update(_Point(node, role, channel) for channel in channels)
+                continue
             pairs = [(i.root_idx, i.idx) for i in indices if i.root_idx is not None]
             yield dependency.target, _role(graph, dependency.target, dependency.handler), pairs
     kind = layer_kind(node.module) if isinstance(node.module, nn.Module) else None
@@ -327,6 +372,22 @@ def _edges(graph: Any, node: Any, role: Role, channels: list[int]) -> Iterator[t
         total = graph.get_out_channels(node) if role == "out" else graph.get_in_channels(node)
         step = total // chunks
         yield node, role, [(c, c % step + chunk * step) for c in channels for chunk in range(chunks)]
+
+
+def _slices_something_else(graph: Any, mapping: Any, *nodes: Any) -> bool:
+    """Whether a mapping is that of a slice of steps, pixels or samples: torch-pruning takes any for channels."""
+    from torch_pruning.dependency.index_mapping import _SliceIndexMapping
+    from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
+
+    if not isinstance(mapping, _SliceIndexMapping):
+        return False
+    node = next(
+        node for node in nodes if hasattr(node.grad_fn, "_saved_self_sym_sizes") and hasattr(node.module, "dim")
+    )
+    sizes = node.grad_fn._saved_self_sym_sizes
+    dim = node.module.dim if node.module.dim < len(sizes) else node.module.dim - 2**64 + len(sizes)
+    widths = [infer_out_channels_recursively(graph, source, [0]) for source in node.inputs]
+    return dim == 0 or any(width is not None and width != sizes[dim] for width in widths)
 
 
 def _handler(graph: Any, node: Any, role: Role) -> Any:

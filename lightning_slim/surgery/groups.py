@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.surgery.graph import Channel, Component, Coupling, Example, find_coupling, untouched
+from lightning_slim.surgery.graph import (
+    Channel,
+    Component,
+    Coupling,
+    Example,
+    UntraceableError,
+    find_coupling,
+    untouched,
+)
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup, named_tensors
 
@@ -101,9 +109,13 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         example_inputs: see `find_groups`.
         prefix: put before every name, where `model` is a submodule of the module that will be cut.
     """
-    coupling = find_coupling(model, as_example(example_inputs))
-    units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
     result = Survey()
+    try:
+        coupling = find_coupling(model, as_example(example_inputs))
+    except UntraceableError as error:
+        result.left_whole[prefix.rstrip(".") or type(model).__name__] = str(error)
+        return result
+    units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
     for component in coupling.components:
         name, reason = _why_not(model, component)
         if reason:
@@ -114,6 +126,8 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
     order = {name: i for i, name in enumerate(dict(model.named_modules()))}
     for name, form in sorted(units, key=lambda key: order[key[0]]):
         _gather(model, name, units[name, form], prefix, result)
+    for name, module in model.named_modules():
+        _add_inner(name, module, prefix, result)
     return result
 
 
@@ -148,9 +162,7 @@ def _why_not(model: nn.Module, component: Component) -> tuple[str, str]:
         reason = _cannot_be_followed(model, channel)
         if reason:
             return name, reason
-    if component.fixed:
-        return name, "it reaches an input or an output of the network"
-    return name, ""
+    return name, component.fixed
 
 
 def _cannot_be_followed(model: nn.Module, channel: Channel) -> str:
@@ -201,10 +213,14 @@ class _Unit:
             kind = layer_kind(module)
             assert kind is not None
             for place in kind.places(module, channel.role):
-                site = (_join(channel.owner, place.tensor), place.axis, channel.role)
-                places[site].add(int(place.index[channel.number]))
+                role = place.role or channel.role
+                site = (_join(channel.owner, place.tensor), place.axis, role)
+                position = int(place.index[channel.number])
+                if position < 0:
+                    continue
+                places[site].add(position)
                 if channel.role == "in" and kind.channel_axis is not None:
-                    readers[channel.owner] = _reader(model, channel.owner, site, coupling)
+                    readers[site[0]] = _reader(model, channel.owner, site, coupling)
         return cls(
             {site: sorted(at) for site, at in places.items()},
             readers,
@@ -215,13 +231,16 @@ class _Unit:
 def _reader(model: nn.Module, layer: str, site: Site, coupling: Coupling) -> Reader:
     module, norm = model.get_submodule(layer), coupling.normalised_by.get(layer)
     offset = None
+    kind = layer_kind(module)
+    assert kind is not None
+    bias = kind.bias_of(module, site[0].rpartition(".")[2])
     if site[1] == 0:
         pass  # a transposed convolution spreads a constant unevenly over its outputs: no bias can take it
-    elif getattr(module, "bias", None) is not None:
-        offset = _join(layer, "bias")
+    elif bias is not None:
+        offset = _join(layer, bias)
     elif norm is not None and getattr(model.get_submodule(norm), "running_mean", None) is not None:
         offset = _join(norm, "running_mean")
-    axis = layer_kind(module).channel_axis  # type: ignore[union-attr]
+    axis = kind.channel_axis
     chunks = getattr(module, "groups", 1) if site[1] == 1 else 1
     return Reader(layer, Span(site[0], site[1], torch.empty(0), "in"), axis, chunks, offset)  # type: ignore[arg-type]
 
@@ -248,6 +267,37 @@ def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, resu
     taken = sum(group.name.split("#")[0] == prefix + name for group in result.groups)
     unique = f"{prefix}{name}#{taken + 1}" if taken else prefix + name
     result.groups.append(UnitGroup(unique, tuple(spans.values()), readers))
+
+
+def _add_inner(name: str, module: nn.Module, prefix: str, result: Survey) -> None:
+    """Adds the groups that are not seen from outside a layer, and packs what must keep the same number of units."""
+    kind = layer_kind(module)
+    units = kind.pack(module) if kind is not None else 0
+    if kind is None or not units:
+        return
+    layer = prefix + name
+    mine = [group for group in result.groups if group.name.split("#")[0] == layer]
+    result.groups = [group for group in result.groups if group not in mine]
+    owned = sum(group.size * _parts(group, layer) for group in mine)
+    for inner, places in kind.inner(module):
+        sites: dict[Site, list[Tensor]] = {}
+        for place in places:
+            site = (f"{layer}.{place.tensor}", place.axis, place.role or "out")
+            sites.setdefault(site, []).append(place.index)
+        spans = tuple(Span(t, axis, torch.stack(at, 1), role) for (t, axis, role), at in sites.items())
+        mine.append(UnitGroup(f"{layer}.{inner}", spans))
+        owned += mine[-1].size
+    if owned == units and len({group.size for group in mine}) == 1:
+        result.groups += [replace(group, pack=layer) for group in mine]
+    else:
+        reason = "its layers and directions must keep as many units each, and not all of them can be cut"
+        result.left_whole.setdefault(layer, reason)
+
+
+def _parts(group: UnitGroup, layer: str) -> int:
+    """How many directions of a recurrent layer the units of a group span: two where a sum, say, couples them."""
+    recurrent = f"{layer}.weight_hh"
+    return len({span.tensor for span in group.spans if span.axis == 1 and span.tensor.startswith(recurrent)})
 
 
 def _half_tied(model: nn.Module, index: Mapping[Site, Tensor]) -> str:

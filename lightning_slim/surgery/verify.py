@@ -19,7 +19,7 @@ Calls = Mapping[str, Example]  # dotted name of a network -> one call of it
 
 
 def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
-    """Tries every group alone: cuts half of its units, compares, and puts them back.
+    """Tries every group (or pack of groups) alone: cuts half of its units, compares, and puts them back.
 
     Weights that are zero, or next to it, are replaced for the trial: a branch that a fresh residual block multiplies by
     zero could hide a wrong cut.
@@ -34,10 +34,14 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
     """
     reasons = {}
     with _loud(model):
+        packs: dict[str, list[UnitGroup]] = {}
         for group in groups:
-            reason = compare(model, groups, Plan({group.name: _half(group)}), calls)
+            packs.setdefault(group.pack or group.name, []).append(group)
+        for members in packs.values():
+            plan = Plan({group.name: _half(group).roll(i) for i, group in enumerate(members)})
+            reason = compare(model, groups, plan, calls)
             if reason:
-                reasons[group.name] = reason
+                reasons.update(dict.fromkeys(plan, reason))
     return reasons
 
 

@@ -10,8 +10,18 @@ from lightning_slim.surgery.layers.conv import Conv
 from lightning_slim.surgery.layers.embedding import Embedding
 from lightning_slim.surgery.layers.linear import Linear
 from lightning_slim.surgery.layers.norm import BatchNorm, GroupNorm, LayerNorm
+from lightning_slim.surgery.layers.recurrent import Recurrent
 
-KINDS: tuple[LayerKind, ...] = (Linear(), Conv(), BatchNorm(), GroupNorm(), LayerNorm(), PReLU(), Embedding())
+KINDS: tuple[LayerKind, ...] = (
+    Linear(),
+    Conv(),
+    BatchNorm(),
+    GroupNorm(),
+    LayerNorm(),
+    PReLU(),
+    Embedding(),
+    Recurrent(),
+)
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:

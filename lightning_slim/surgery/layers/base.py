@@ -16,11 +16,16 @@ from lightning_slim.units import Role
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a layer's channels live in one of its own tensors: `index[c]` is the position of channel `c`."""
+    """Where a layer's channels live in one of its own tensors: `index[c]` is the position of channel `c`.
+
+    A negative position says that the channel does not live there; a role of its own says that a tensor of the layer
+    reads what the layer makes, as recurrent columns do.
+    """
 
     tensor: str
     axis: int
     index: Int[Tensor, "channels"]
+    role: Role | None = None
 
 
 class LayerKind(ABC):
@@ -44,6 +49,18 @@ class LayerKind(ABC):
     def chunks(self, layer: nn.Module, role: Role) -> int:
         """Into how many equal runs the channels fall that must all lose the same positions."""
         return 1
+
+    def inner(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
+        """Units that are not seen from outside the layer: (name, where they live)."""
+        return ()
+
+    def pack(self, layer: nn.Module) -> int:
+        """If all groups of the layer must keep the same number of units: the units of all of them; 0 if not."""
+        return 0
+
+    def bias_of(self, layer: nn.Module, tensor: str) -> str | None:
+        """The bias beside a weight that reads channels; None if there is none."""
+        return "bias" if getattr(layer, "bias", None) is not None else None
 
     @abstractmethod
     def refresh(self, layer: nn.Module) -> None:

@@ -1,0 +1,142 @@
+"""nn.LSTM, nn.GRU and nn.RNN: hidden units of every layer and direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel
+from lightning_slim.units import Role
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+class Recurrent(LayerKind):
+    """A hidden unit is a row of every gate, a recurrent column, and a column of all that reads it.
+
+    Output channel `d * hidden + j` is unit `j` of direction `d` of the last layer. The units of lower layers are not
+    seen from outside: they are `inner` groups. A module has one `hidden_size`, so all its layers and directions must
+    keep the same number of units; which ones may differ. With `proj_size`, the units are the projections; the cells
+    behind them stay, for torch takes an LSTM whose two sizes are equal for one without projections.
+    """
+
+    types = (nn.RNNBase,)
+    channel_axis: ClassVar[int | None] = -1
+
+    def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
+        assert isinstance(layer, nn.RNNBase)
+        if role == "in":
+            index = every_channel(layer.input_size)
+            return [Place(f"weight_ih_l0{suffix}", 1, index) for suffix in _suffixes(layer)]
+        visible = layer.proj_size or layer.hidden_size
+        places: list[Place] = []
+        for d in range(len(_suffixes(layer))):
+            unit = every_channel(visible * len(_suffixes(layer))) - d * visible
+            unit = unit.where((unit >= 0) & (unit < visible), -1)
+            places += _made(layer, layer.num_layers - 1, d, unit)
+        return places
+
+    def inner(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
+        assert isinstance(layer, nn.RNNBase)
+        visible, suffixes = layer.proj_size or layer.hidden_size, _suffixes(layer)
+        groups: list[tuple[str, Sequence[Place]]] = []
+        for d, suffix in enumerate(suffixes):
+            for level in range(layer.num_layers - 1):
+                unit = every_channel(visible)
+                read = [Place(f"weight_ih_l{level + 1}{s}", 1, unit + d * visible, "in") for s in suffixes]
+                groups.append((f"l{level}{suffix}", [*_made(layer, level, d, unit), *read]))
+        return groups
+
+    def pack(self, layer: nn.Module) -> int:
+        assert isinstance(layer, nn.RNNBase)
+        return layer.num_layers * len(_suffixes(layer)) * (layer.proj_size or layer.hidden_size)
+
+    def bias_of(self, layer: nn.Module, tensor: str) -> str | None:
+        assert isinstance(layer, nn.RNNBase)
+        return tensor.replace("weight_ih", "bias_ih") if layer.bias else None
+
+    def refresh(self, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.RNNBase)
+        shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+        layer.input_size = shapes["weight_ih_l0"][1]
+        layer.hidden_size = shapes["weight_hh_l0"][0] // GATES[layer.mode]
+        if layer.proj_size:
+            layer.proj_size = shapes["weight_hr_l0"][0]
+        # The forward pass reads this list, not the parameters: a stale one reads freed memory.
+        layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
+        layer.flatten_parameters()
+
+
+def _suffixes(layer: nn.RNNBase) -> list[str]:
+    """Of the tensors of each direction."""
+    return ["", "_reverse"] if layer.bidirectional else [""]
+
+
+def _made(layer: nn.RNNBase, level: int, direction: int, unit: Tensor) -> list[Place]:
+    """What makes the visible units of one layer and direction, and the recurrent columns that read them."""
+    suffix = f"_l{level}{_suffixes(layer)[direction]}"
+    made = [Place(f"weight_hr{suffix}", 0, unit)] if layer.proj_size else _gates(layer, suffix, unit)
+    return [*made, Place(f"weight_hh{suffix}", 1, unit, "in")]
+
+
+def _gates(layer: nn.RNNBase, suffix: str, unit: Tensor) -> list[Place]:
+    """The rows of all gates of some units (-1: none)."""
+    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if layer.bias else [])]
+    rows = [unit.where(unit < 0, unit + gate * layer.hidden_size) for gate in range(GATES[layer.mode])]
+    return [Place(f"{name}{suffix}", 0, row) for name in names for row in rows]
+
+
+class _Opaque(torch.autograd.Function):
+    """One autograd node for all outputs of a recurrent layer, whose only parent is its input."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: list[tuple[int, ...]], x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_zeros(shape) for shape in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@contextmanager
+def opaque(model: nn.Module) -> Iterator[None]:
+    """While tracing, recurrent layers are single nodes: unrolled over steps, they would be thousands.
+
+    An initial state is not followed: what hangs on one fails the trial, and is left whole.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for layer in layers:
+        layer.__dict__["forward"] = _forward_of(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _forward_of(layer: nn.RNNBase) -> Any:
+    directions = len(_suffixes(layer))
+    visible = layer.proj_size or layer.hidden_size
+
+    def forward(input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        packed = input if isinstance(input, PackedSequence) else None
+        x = input.data if isinstance(input, PackedSequence) else input
+        if packed is not None:
+            batch: tuple[int, ...] = (int(packed.batch_sizes[0].item()),)
+        else:
+            batch = () if x.ndim == 2 else (x.shape[0 if layer.batch_first else 1],)
+        shapes: list[tuple[int, ...]] = [(*x.shape[:-1], directions * visible)]
+        sizes = [visible, layer.hidden_size] if layer.mode == "LSTM" else [visible]
+        shapes += [(directions * layer.num_layers, *batch, size) for size in sizes]
+        follow: Any = _Opaque.apply  # untyped in torch
+        output, *state = follow(shapes, x if x.requires_grad else x.detach().requires_grad_())
+        if packed is not None:
+            output = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        return output, (tuple(state) if layer.mode == "LSTM" else state[0])
+
+    return forward

@@ -1,0 +1,276 @@
+"""Hidden units of recurrent layers: every layer, direction, projection and way to read them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lightning_slim import Granger, Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
+from lightning_slim.surgery import Example, resize_to, restore, survey
+from lightning_slim.surgery.verify import vet
+from lightning_slim.units import Plan, UnitGroup
+from tests.networks import same
+from tests.surgery.test_cut import zeroed
+
+
+class Net(nn.Module):
+    """Linear, recurrent, linear, linear; the recurrent layer is read in one of four ways."""
+
+    def __init__(self, kind: str, use: str = "sequence", **kwargs: Any) -> None:
+        super().__init__()
+        directions, visible = 2 if kwargs.get("bidirectional") else 1, kwargs.get("proj_size") or 10
+        self.use, self.batch_first = use, kwargs.get("batch_first", False)
+        self.i, self.r = nn.Linear(6, 8), getattr(nn, kind)(8, 10, **kwargs)
+        self.h, self.o = nn.Linear(directions * visible, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.i(x))
+        if self.use == "packed":
+            packed = pack_padded_sequence(x, torch.tensor([5, 3, 2]), batch_first=self.batch_first)
+            y, _ = pad_packed_sequence(self.r(packed)[0], batch_first=self.batch_first)
+        else:
+            y, h = self.r(x)
+            h = h[0] if isinstance(h, tuple) else h
+            if self.use == "last step":
+                y = y[:, -1] if self.batch_first else y[-1]
+            if self.use == "h_n":
+                y = torch.cat([h[-2], h[-1]], 1) if self.r.bidirectional else h[-1]
+        return self.o(F.relu(self.h(y)))
+
+
+def sequences(batch_first: bool = False) -> Tensor:
+    return torch.randn(3, 5, 6) if batch_first else torch.randn(5, 3, 6)
+
+
+def different(groups: list[UnitGroup]) -> Plan:
+    """Removes two units of every group, others in every layer and direction."""
+    masks = {}
+    for i, group in enumerate(groups):
+        masks[group.name] = torch.ones(group.size, dtype=torch.bool)
+        masks[group.name][[i % group.size, (i + 3) % group.size]] = False
+    return Plan(masks)
+
+
+USES = ("sequence", "last step", "h_n", "packed")
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_cut_network_equals_the_zeroed_one_in_every_configuration(kind: str, layers: int) -> None:
+    """384 configurations in all, nine of these tests together."""
+    projections = (0, 6) if kind == "LSTM" else (0,)
+    for both, projection, batch_first, bias, use in itertools.product(
+        (False, True), projections, (False, True), (False, True), USES
+    ):
+        settings = {"num_layers": layers, "bidirectional": both, "batch_first": batch_first, "bias": bias}
+        network = Net(kind, use, **settings, **({"proj_size": projection} if projection else {})).eval()
+        x = sequences(batch_first)
+        groups = find_groups(network, x)
+        assert len(groups) == 2 + layers * (2 if both else 1), settings
+        plan = different(groups)
+        reference = zeroed(network, groups, plan)
+        reference.r._flat_weights = [getattr(reference.r, name) for name in reference.r._flat_weights_names]
+        remove_units(network, groups, plan)
+        assert (network(x) - reference(x)).abs().max() < 1e-6, (settings, use)
+        assert network.r.hidden_size == (10 if projection else 8)
+        network.train()(x).sum().backward()
+        assert all(p.grad is not None for p in network.parameters())
+
+
+def test_a_unit_is_a_row_of_every_gate_by_hand() -> None:
+    network = Net("LSTM")
+    group = next(group for group in find_groups(network, sequences()) if group.name == "r")
+    places = {(span.tensor, span.axis): (span.index[3].tolist(), span.role) for span in group.spans}
+    assert places == {
+        ("r.weight_ih_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.weight_hh_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.bias_ih_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.bias_hh_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.weight_hh_l0", 1): ([3], "in"),
+        ("h.weight", 1): ([3], "in"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_trial_passes_and_leaves_the_layer_usable(kind: str) -> None:
+    network, x = Net(kind, num_layers=2, bidirectional=True), sequences()
+    before, weights = network(x), copy.deepcopy(network.state_dict())
+    groups = find_groups(network, x)
+    assert "forward" not in vars(network.r)
+    assert vet(network, groups, {"": Example((x,))}) == {}
+    assert torch.equal(before, network(x))
+    assert same(weights, network.state_dict())
+    cuts = remove_units(network, groups, different(groups))
+    restore(network, cuts)
+    assert torch.equal(before, network(x))
+    assert all(
+        a is getattr(network.r, n) for a, n in zip(network.r._flat_weights, network.r._flat_weights_names, strict=True)
+    )
+
+
+def test_a_slim_state_loads_into_a_dense_model_and_back() -> None:
+    dense, slim, x = Net("LSTM", num_layers=2, proj_size=6), Net("LSTM", num_layers=2, proj_size=6), sequences()
+    groups = find_groups(slim, x)
+    remove_units(slim, groups, different(groups))
+    shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    resize_to(dense, {name: tensor.shape for name, tensor in slim.state_dict().items()})
+    dense.load_state_dict(slim.state_dict())
+    assert torch.equal(dense(x), slim(x))
+    resize_to(dense, shapes)
+    assert (dense.r.proj_size, dense.r.hidden_size, dense.r.input_size) == (6, 10, 8)
+    assert dense(x).shape == (5, 3, 3)
+
+
+def test_a_cut_lstm_trains_on_as_the_narrow_one_built_by_hand() -> None:
+    wide, x = Net("LSTM"), sequences()
+    optimizer = torch.optim.AdamW(wide.parameters(), lr=1e-2, amsgrad=True)
+
+    def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            network(x).square().sum().backward()
+            optimizer.step()
+
+    train(wide, optimizer, 5)
+    kept = [0, 2, 3, 5, 6, 7, 9]
+    rows = torch.tensor([gate * 10 + unit for gate in range(4) for unit in kept])
+    narrow = Net("LSTM")
+    narrow.r, narrow.h = nn.LSTM(8, 7), nn.Linear(7, 7)
+    by_hand = {
+        "r.weight_ih_l0": lambda t: t[rows],
+        "r.weight_hh_l0": lambda t: t[rows][:, kept],
+        "r.bias_ih_l0": lambda t: t[rows],
+        "r.bias_hh_l0": lambda t: t[rows],
+        "h.weight": lambda t: t[:, kept],
+    }
+    cut = {name: by_hand.get(name, torch.clone)(value).clone() for name, value in wide.state_dict().items()}
+    narrow.load_state_dict(cut)
+    oracle = torch.optim.AdamW(narrow.parameters(), lr=1e-2, amsgrad=True)
+    state = copy.deepcopy(optimizer.state_dict())
+    for i, (name, _) in enumerate(wide.named_parameters()):
+        for key, value in state["state"][i].items():
+            state["state"][i][key] = by_hand[name](value).clone() if value.ndim and name in by_hand else value
+    oracle.load_state_dict(state)
+    groups = find_groups(wide, x)
+    mask = torch.tensor([unit in kept for unit in range(10)])
+    migrate(optimizer, remove_units(wide, groups, Plan({"r": mask})))
+    train(wide, optimizer, 30)
+    train(narrow, oracle, 30)
+    assert same(wide.state_dict(), narrow.state_dict())
+
+
+def test_layers_and_directions_keep_as_many_units_but_not_the_same_ones() -> None:
+    network, x = Net("GRU", num_layers=2, bidirectional=True), sequences()
+    pruner = Pruner(network, Magnitude(), Units(0.5), OneShot(0.5), compensate="none")
+    pruner.prepare(x)
+    event = pruner.step(0.5)
+    assert event is not None
+    recurrent = [name for name in event.widths if name.startswith("r")]
+    assert len(recurrent) == 4
+    assert {event.widths[name] for name in recurrent} == {5}
+    assert len({tuple(event.removed[name]) for name in recurrent}) > 1
+    assert network(x).shape == (5, 3, 3)
+    resumed = Pruner(network, Magnitude(), Units(0.5))
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.costs.packs == dict.fromkeys(recurrent, "r")
+
+
+def test_a_global_budget_keeps_packs_together() -> None:
+    from lightning_slim.selection import Selection
+
+    network, x = Net("LSTM", num_layers=2), sequences()
+    with torch.no_grad():
+        network.r.weight_hh_l0.mul_(10)
+    settings = {"selection": Selection("global"), "compensate": "none"}
+    pruner = Pruner(network, Magnitude(), Units(0.6), OneShot(0.5), **settings)  # type: ignore[arg-type]
+    pruner.prepare(x)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.widths["r"] == event.widths["r.l0"]
+    assert event.reached <= 0.6
+
+
+def test_granger_prunes_a_single_recurrent_layer() -> None:
+    network, x = Net("GRU", bidirectional=True), sequences()
+    pruner = Pruner(network, Granger(), Units(0.5), OneShot(0.5))
+    pruner.prepare(x)
+    with pruner.recording():
+        network(x)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.widths["r"] == event.widths["r#2"] == 5
+
+
+def test_a_skipped_direction_keeps_the_others_whole() -> None:
+    network, x = Net("LSTM", num_layers=2), sequences()
+    pruner = Pruner(network, Granger(), Units(0.5), OneShot(0.5))
+    pruner.prepare(x)  # Granger sees no reader of the lower layer
+    assert set(pruner.widths) == {"i", "h"}
+    assert "no linear layer" in pruner.left_whole["r.l0"]
+    assert "beside it that stays whole" in pruner.left_whole["r"]
+
+
+class Seq2Seq(nn.Module):
+    """The encoder's last state is the decoder's first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.d, self.o = nn.GRU(4, 8, batch_first=True), nn.GRU(5, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.o(self.d(y, self.e(x)[1])[0])
+
+
+class Cells(nn.Module):
+    """A loop of one's own over a cell."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.i, self.c, self.o = nn.Linear(4, 6), getattr(nn, kind)(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in F.relu(self.i(x)).unbind(1):
+            state = self.c(step, state)
+        return self.o(state[0] if isinstance(state, tuple) else state)
+
+
+class FirstLayerOnly(nn.Module):
+    """Reads the last state of the lower layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r, self.o = nn.GRU(4, 8, num_layers=2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.r(x)[1][0])
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (Seq2Seq(), (torch.randn(2, 6, 4), torch.randn(2, 6, 5))),
+        (Cells("LSTMCell"), (torch.randn(2, 5, 4),)),
+        (Cells("GRUCell"), (torch.randn(2, 5, 4),)),
+        (FirstLayerOnly(), (torch.randn(5, 2, 4),)),
+    ],
+)
+def test_what_hangs_on_a_state_is_left_whole(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    before = network(*inputs)
+    found = survey(network, inputs)
+    unfit = vet(network, found.groups, {"": Example(inputs)})
+    groups = [group for group in found.groups if group.name not in unfit]
+    assert not [group.name for group in groups if group.name[0] in "edcr"]
+    assert torch.equal(before, network(*inputs))
+
+
+def test_long_sequences_are_traced_as_one_node() -> None:
+    network = Net("GRU", num_layers=2)
+    assert len(find_groups(network, torch.randn(2000, 1, 6))) == 4
