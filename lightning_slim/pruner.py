@@ -30,7 +30,7 @@ from lightning_slim.surgery.groups import as_example, survey_networks, workable
 from lightning_slim.surgery.verify import compare, vet
 from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 
-Compensate = Literal["none", "least_squares"]
+Compensate = Literal["none", "mean", "least_squares"]
 
 
 class NoEffectWarning(UserWarning):
@@ -48,7 +48,8 @@ class Pruner:
         selection: which units go, given their importance.
         module: dotted name of the only part that may be cut; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
-        compensate: `"least_squares"` folds the removed units into those that stay before each cut; `"none"` drops them.
+        compensate: what becomes of the removed units: `"least_squares"` folds them into those that stay, `"mean"` puts
+            their mean in their place, `"none"` drops them.
         verify: whether to try every group alone before the first cut, and to compare each cut with the network in which
             nothing reads the removed units; what differs is left whole. A cut right after a resume comes before there
             is a call to compare with, and goes by the trial that began the run.
@@ -79,8 +80,8 @@ class Pruner:
         verify: bool = True,
         seed: int = 0,
     ) -> None:
-        if compensate not in ("none", "least_squares"):
-            raise ValueError(f'Expected `compensate` to be "none" or "least_squares", got {compensate!r}.')
+        if compensate not in ("none", "mean", "least_squares"):
+            raise ValueError(f'Expected `compensate` to be "none", "mean" or "least_squares", got {compensate!r}.')
         self.model = model
         self.score = score
         self.budget = budget or MACs(0.5)
@@ -244,7 +245,7 @@ class Pruner:
             return None
         with ExitStack() as undo:
             models = [self.model, *copies]
-            if self.compensate == "least_squares":
+            if self.compensate != "none":
                 for put_back in self._fold(plan, models):
                     undo.callback(put_back)
             wrong = self.agree(compare(self.model, self.groups, plan, self.calls)) if self.verify and self.calls else ""
@@ -307,10 +308,11 @@ class Pruner:
                 width = len(moments.total) // group.size  # the present is the first of a unit's columns
                 kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
                 image = least_squares_image(merged(tied[weight]), kept, gone, intercept=reader.offset is not None)
+                share = image.weight.cpu() * (self.compensate == "least_squares")
                 mean = moments.mean.cpu()
-                constant = mean[gone] - image.weight.T.cpu() @ mean[kept]
+                constant = mean[gone] - share.T @ mean[kept]
                 for model in models:
-                    yield fold(model, reader, keep, (image.weight, constant), weight_too=weight not in folded)
+                    yield fold(model, reader, keep, (share, constant), weight_too=weight not in folded)
                 folded.add(weight)
 
     def _remember(self, progress: float, step: int, plan: Plan, importance: Mapping[str, Tensor]) -> PruningEvent:
@@ -385,7 +387,7 @@ class Pruner:
             )
 
     def _new_recorder(self) -> Recorder:
-        moments = "moments" in self.score.needs or self.compensate == "least_squares"
+        moments = "moments" in self.score.needs or self.compensate != "none"
         return Recorder(
             self.model, self.groups, self.score.lags, moments=moments, saliency="saliency" in self.score.needs
         )

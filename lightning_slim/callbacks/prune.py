@@ -26,7 +26,7 @@ from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
-from lightning_slim.surgery import Example, resize_to
+from lightning_slim.surgery import Example, recalibrating, resize_to
 
 
 class Prune(SlimCallback):
@@ -43,7 +43,9 @@ class Prune(SlimCallback):
         round_to: widths are rounded up to multiples of this.
         module: dotted name of the only part of the model that may be cut, such as `"backbone"`; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
-        compensate: `"least_squares"` folds the removed units into those that stay; `"none"` drops them.
+        compensate: `"least_squares"` folds the removed units into those that stay, `"mean"` puts their mean in their
+            place, `"none"` drops them.
+        recalibrate_bn: whether batch norms measure their running statistics anew in the rest of the epoch after a cut.
         verify: whether every group is tried before the first cut, and every cut before it is made.
         recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch).
         record_every_n_steps: how often evidence is recorded.
@@ -63,6 +65,7 @@ class Prune(SlimCallback):
         module: str = "",
         skip: Skip = (),
         compensate: Compensate = "least_squares",
+        recalibrate_bn: bool = True,
         verify: bool = True,
         recovery_epochs: float = 1.0,
         record_every_n_steps: int = 10,
@@ -78,6 +81,7 @@ class Prune(SlimCallback):
         self.selection = Selection(scope, round_to)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors = module, reset_monitors
+        self.recalibrate_bn = recalibrate_bn
         self.recovery_epochs = recovery_epochs
         self.record_every_n_steps = record_every_n_steps
         self.print_report = print_report
@@ -87,6 +91,7 @@ class Prune(SlimCallback):
         self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
         self._calls: dict[str, Example] = {}
         self._watching = ExitStack()
+        self._recalibrating = ExitStack()
 
     @property
     def pruner(self) -> Pruner:
@@ -158,6 +163,8 @@ class Prune(SlimCallback):
 
     # Only here, and not at the start of an epoch: a resume from a checkpoint of an epoch's last batch skips that hook.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._recalibrating.close()
         self._watching.close()  # a module that returns -1 from this hook skips the end of the batch
         self._cut_if_due(trainer, pl_module, batch_idx)
         due = self._batches % self.record_every_n_steps == 0
@@ -191,6 +198,7 @@ class Prune(SlimCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._watching.close()
+        self._recalibrating.close()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pruner.prepared:
@@ -201,6 +209,7 @@ class Prune(SlimCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watching.close()
+        self._recalibrating.close()
         self._warn_if_short(trainer)
         if self.print_report and trainer.is_global_zero and self.pruner.prepared and self.pruner.calls:
             try:
@@ -249,6 +258,9 @@ class Prune(SlimCallback):
         event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step)
         self._point = point
         if event is not None and self.pruner.last_change is not None:
+            if self.recalibrate_bn:
+                self._recalibrating.close()
+                self._recalibrating.enter_context(recalibrating(pl_module))
             remember_cut(pl_module, self.pruner.cut_tensors)
             agree_on_shapes(trainer.strategy, pl_module)
             tell(trainer, pl_module, self.pruner.last_change)

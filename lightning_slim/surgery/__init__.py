@@ -1,5 +1,6 @@
 """Carries out a plan; knows no score."""
 
+from lightning_slim.surgery.batch_norm import recalibrate_batch_norm, recalibrating
 from lightning_slim.surgery.cut import Cut, StructureChange, remove_units, resize_to, restore
 from lightning_slim.surgery.graph import Example
 from lightning_slim.surgery.groups import Survey, find_groups, survey
@@ -12,6 +13,8 @@ __all__ = [
     "Survey",
     "find_groups",
     "migrate",
+    "recalibrate_batch_norm",
+    "recalibrating",
     "remove_units",
     "resize_to",
     "restore",
