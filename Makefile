@@ -12,7 +12,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 PROPERTY_EXAMPLES=200 $(BIN)/python -m pytest -n 2 -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -21,6 +21,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_compensation.py
+	$(BIN)/python benchmarks/bench_scores.py
 
 # The constraints are a tested, pinned set: any looser request for torch may pull gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.eager import eagerly
@@ -132,7 +133,7 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
     """torch-pruning's graph, and the autograd nodes whose channels an input or output of the network fixes."""
     import torch_pruning as tp
 
-    traced = _Traced(model)
+    traced, shapes = _Traced(model), _Shapes()
     inputs: list[Tensor] = []
 
     def follow(leaf: Any) -> Any:
@@ -160,7 +161,8 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
         def forward(*_: Any) -> Any:
             nonlocal network_fails
             args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
-            output = model(*args, **kwargs)
+            with shapes:
+                output = model(*args, **kwargs)
             network_fails = False
             return output
 
@@ -177,12 +179,80 @@ def _trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
             if network_fails:
                 raise
             raise UntraceableError(f"it cannot be traced ({type(error).__name__}: {error})") from error
+    for node in graph.module2node.values():
+        if node.grad_fn in shapes.joined:
+            _mend_concatenation(graph, node, shapes.joined[node.grad_fn])
+        if node.grad_fn in shapes.flattened:
+            _mend_flatten(node, shapes.flattened[node.grad_fn])
     if not outputs:
         raise UntraceableError(
             f"Expected {type(model).__name__} to return a tensor that depends on its weights, got none: "
             "prune a submodule whose output does."
         )
     return graph, {tensor.grad_fn for tensor in (*inputs, *outputs)}
+
+
+class _Shapes(TorchFunctionMode):
+    """Watches what torch-pruning can only guess at: which axis is joined, and what is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: dict[Any, list[int]] = {}  # autograd node -> sizes of the parts along the joined axis
+        self.flattened: dict[
+            Any, torch.Size
+        ] = {}  # autograd node -> shape before everything but the batch was flattened
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            named = {"tensors": args[0] if args else None, "dim": args[1] if len(args) > 1 else 0, **(kwargs or {})}
+            self.joined[output.grad_fn] = [part.shape[named.get("axis", named["dim"])] for part in named["tensors"]]
+        before: Any = args[0] if args else None
+        flattens = func in FLATTENING and isinstance(before, Tensor) and output.ndim == 2 < before.ndim
+        if flattens and output.shape[0] == before.shape[0]:
+            self.flattened[output.grad_fn] = before.shape
+        return output
+
+
+FLATTENING = (torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view)
+
+
+def _mend_concatenation(graph: Any, node: Any, widths: list[int]) -> None:
+    """Offsets for a concatenation of channels that torch-pruning took for one of steps or samples.
+
+    It compares the width of a concatenation with that of its reader, which is wider behind a flatten. Here the sizes
+    along the joined axis decide: they are the widths of what was joined.
+    """
+    from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
+    from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
+
+    inferred = [infer_out_channels_recursively(graph, source, [0]) for source in node.inputs]
+    if node.module.offsets is not None or inferred != widths:
+        return
+    start = 0
+    for source, width in zip(node.inputs, widths, strict=True):
+        place = [start, start + width]
+        start += width
+        back = next(d for d in node.dependencies if d.target is source and d.index_mapping[1] is None)
+        forth = next(d for d in source.dependencies if d.target is node and d.index_mapping[1] is None)
+        back.index_mapping[1] = _ConcatIndexMapping(offset=place, reverse=True)
+        forth.index_mapping[1] = _ConcatIndexMapping(offset=place, reverse=False)
+
+
+def _mend_flatten(node: Any, shape: torch.Size) -> None:
+    """The positions behind a flatten from the shape before it; torch-pruning infers them from layers farther away.
+
+    The channels of (batch, channels, ...) own runs of positions. Of (batch, steps, channels) nothing is mended: the
+    trial of the cut finds out which of the two it was.
+    """
+    from torch_pruning.dependency.index_mapping import _FlattenIndexMapping
+
+    stride = shape[2:].numel()
+    for dependency in (d for d in node.dependencies if d.target in node.inputs):
+        dependency.index_mapping[0] = _FlattenIndexMapping(stride=stride, reverse=True)
+    for source in node.inputs:
+        for dependency in (d for d in source.dependencies if d.target is node):
+            dependency.index_mapping[0] = _FlattenIndexMapping(stride=stride, reverse=False)
 
 
 class _Input(nn.Module):

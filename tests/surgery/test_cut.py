@@ -132,6 +132,33 @@ NETWORKS = {
         Net(lambda s, x: s.o(F.relu(s.a(x)).flatten(1)), a=conv(3, 8), o=nn.Linear(8 * 36, 2)),
         torch.randn(2, 3, 6, 6),
     ),
+    "concat, then flatten": lambda: (
+        Net(
+            lambda s, x: s.o(F.relu(torch.cat([s.a(x), s.b(x)], 1)).flatten(1)),
+            a=conv(3, 4),
+            b=conv(3, 6),
+            o=nn.Linear(10 * 36, 2),
+        ),
+        torch.randn(2, 3, 6, 6),
+    ),
+    "concat of a concat, then flatten": lambda: (
+        Net(
+            lambda s, x: s.o(torch.cat([h := torch.cat([x, s.a(x)], 1), s.b(h)], 1).flatten(1)),
+            a=conv(3, 4),
+            b=conv(7, 5),
+            o=nn.Linear(12 * 36, 2),
+        ),
+        torch.randn(2, 3, 6, 6),
+    ),
+    "split, concat, then flatten": lambda: (
+        Net(
+            lambda s, x: s.o(torch.cat([h := sum(s.a(x).chunk(2, 1)), s.b(h)], 1).flatten(1)),
+            a=conv(3, 8),
+            b=conv(4, 5),
+            o=nn.Linear(9 * 36, 2),
+        ),
+        torch.randn(2, 3, 6, 6),
+    ),
     "gate (chunk)": lambda: (
         Net(
             lambda s, x: (lambda u, v: s.b(u * torch.sigmoid(v)))(*s.a(x).chunk(2, 1)),
