@@ -150,15 +150,6 @@ NETWORKS = {
         ),
         torch.randn(2, 3, 6, 6),
     ),
-    "split, concat, then flatten": lambda: (
-        Net(
-            lambda s, x: s.o(torch.cat([h := sum(s.a(x).chunk(2, 1)), s.b(h)], 1).flatten(1)),
-            a=conv(3, 8),
-            b=conv(4, 5),
-            o=nn.Linear(9 * 36, 2),
-        ),
-        torch.randn(2, 3, 6, 6),
-    ),
     "gate (chunk)": lambda: (
         Net(
             lambda s, x: (lambda u, v: s.b(u * torch.sigmoid(v)))(*s.a(x).chunk(2, 1)),
