@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ class Report:
     Attributes:
         dense: before.
         slim: after.
+        left_whole: layer -> why nothing was removed from it.
     """
 
     dense: Profile
     slim: Profile
+    left_whole: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, slim, slim against dense), readable; metrics get their difference, all else the ratio."""
@@ -51,19 +53,23 @@ class Report:
         return table
 
     def to_json(self) -> str:
-        """Keys `dense` and `slim`, each with `params`, `macs`, `bytes`, `latency_ms` and `metrics`."""
+        """Keys `dense` and `slim`, each with `params`, `macs`, `bytes`, `latency_ms` and `metrics`; and `left_whole`."""
         return json.dumps(asdict(self), indent=2)
 
     def to_markdown(self) -> str:
-        """A Markdown table."""
+        """A Markdown table, and what was left whole."""
         lines = ["| | dense | slim | slim / dense |", "|---|---:|---:|---:|"]
-        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows())]) + "\n"
+        lines += [f"| {' | '.join(row)} |" for row in self.rows()]
+        if self.left_whole:
+            lines += ["", "Left whole:", "", *(f"- {layer}: {reason}" for layer, reason in self.left_whole.items())]
+        return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
         return self.to_markdown()
 
     def __rich__(self) -> Table:
-        table = Table(title="dense and slim")
+        whole = "\n".join(f"{layer} stays whole: {reason}" for layer, reason in self.left_whole.items())
+        table = Table(title="dense and slim", caption=whole or None, caption_justify="left")
         for column in ("", "dense", "slim", "slim / dense"):
             table.add_column(column, justify="right" if column else "left")
         for row in self.rows():
@@ -86,6 +92,7 @@ def report(
     networks: Mapping[str, Any] | None = None,
     dense_metrics: Mapping[str, float] | None = None,
     slim_metrics: Mapping[str, float] | None = None,
+    left_whole: Mapping[str, str] | None = None,
 ) -> Report:
     """Measures two models side by side on the CPU; neither is changed.
 
@@ -96,6 +103,7 @@ def report(
         networks: instead, one call for each of several submodules: dotted name -> example inputs.
         dense_metrics: for the table.
         slim_metrics: for the table.
+        left_whole: layer -> why nothing was removed from it, for the table.
     """
     calls = {"": as_example(example_inputs)} if networks is None else networks
     calls = {name: Example(*_to_cpu(tuple(as_example(call)))) for name, call in calls.items()}
@@ -103,7 +111,8 @@ def report(
     with evaluating(models[0]), evaluating(models[1]), torch.no_grad():
         latencies = time_side_by_side([partial(_forward, model, calls) for model in models])
     metrics = (dict(dense_metrics or {}), dict(slim_metrics or {}))
-    return Report(*(_profile(*each, calls) for each in zip(models, latencies, metrics, strict=True)))
+    before, after = (_profile(*each, calls) for each in zip(models, latencies, metrics, strict=True))
+    return Report(before, after, dict(left_whole or {}))
 
 
 def _profile(model: nn.Module, latency_ms: float, metrics: dict[str, float], calls: Mapping[str, Example]) -> Profile:

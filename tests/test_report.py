@@ -28,7 +28,9 @@ def test_the_table_says_what_is_known_and_no_more() -> None:
 
 
 def test_it_is_saved_as_json_and_markdown(tmp_path) -> None:
-    Report(DENSE, SLIM).save(tmp_path / "new")
+    Report(DENSE, SLIM, {"head": "it is skipped"}).save(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["left_whole"] == {"head": "it is skipped"}
+    assert "- head: it is skipped" in (tmp_path / "new" / "report.md").read_text()
     assert json.loads((tmp_path / "new" / "report.json").read_text())["slim"]["latency_ms"] == 1.0
     assert "| MACs | 1,000 | 400 | 40.0% |" in (tmp_path / "new" / "report.md").read_text()
 

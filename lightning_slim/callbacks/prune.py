@@ -188,9 +188,8 @@ class Prune(SlimCallback):
     ) -> None:
         self._watching.close()
         calls, self._calls = self._calls, {}
-        if (
-            not self.history.events and calls.keys() - self.pruner.networks
-        ):  # the first batch, or a network's first call
+        new = calls.keys() - self.pruner.networks
+        if new and not self.history.events:  # the first batch, or one that calls a network for the first time
             self.pruner.prepare(networks={**calls, **self.pruner.calls})
             self._announce()
         elif not self.pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
@@ -232,7 +231,14 @@ class Prune(SlimCallback):
         slim = self.pruner.model
         dense = copy.deepcopy(slim)
         resize_to(dense, self.pruner.original_shapes)
-        return report(dense, slim, networks=self.pruner.calls, dense_metrics=dense_metrics, slim_metrics=slim_metrics)
+        return report(
+            dense,
+            slim,
+            networks=self.pruner.calls,
+            dense_metrics=dense_metrics,
+            slim_metrics=slim_metrics,
+            left_whole=self.pruner.left_whole,
+        )
 
     def _warn_if_short(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
