@@ -53,7 +53,7 @@ class Report:
         return table
 
     def to_json(self) -> str:
-        """Keys `dense` and `slim`, each with `params`, `macs`, `bytes`, `latency_ms` and `metrics`; and `left_whole`."""
+        """Keys `dense` and `slim` (`params`, `macs`, `bytes`, `latency_ms`, `metrics` each), and `left_whole`."""
         return json.dumps(asdict(self), indent=2)
 
     def to_markdown(self) -> str:
