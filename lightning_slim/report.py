@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_slim.profile import Profile, bytes_on_disk, count_macs, evaluating, time_side_by_side
-from lightning_slim.surgery.graph import Example
+from lightning_slim.surgery import Example
 from lightning_slim.surgery.groups import as_example
 
 

@@ -2,9 +2,9 @@
 
 from lightning_slim.surgery.batch_norm import recalibrate_batch_norm, recalibrating
 from lightning_slim.surgery.cut import Cut, StructureChange, remove_units, resize_to, restore
-from lightning_slim.surgery.graph import Example
 from lightning_slim.surgery.groups import Survey, find_groups, survey
 from lightning_slim.surgery.optimizer import migrate
+from lightning_slim.surgery.tracing import Example
 
 __all__ = [
     "Cut",

@@ -12,16 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.surgery.graph import (
-    Channel,
-    Component,
-    Coupling,
-    Example,
-    UntraceableError,
-    find_coupling,
-    untouched,
-)
+from lightning_slim.surgery.graph import Channel, Component, Coupling, find_coupling
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
 from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup, named_tensors
 
 Site = tuple[str, int, Role]  # tensor, axis, role
@@ -242,7 +235,7 @@ def _reader(model: nn.Module, layer: str, site: Site, coupling: Coupling) -> Rea
         offset = _join(norm, "running_mean")
     axis = kind.channel_axis
     chunks = getattr(module, "groups", 1) if site[1] == 1 else 1
-    return Reader(layer, Span(site[0], site[1], torch.empty(0), "in"), axis, chunks, offset)  # type: ignore[arg-type]
+    return Reader(layer, Span(site[0], site[1], torch.empty(0, 0, dtype=torch.long), "in"), axis, chunks, offset)  # type: ignore[arg-type]
 
 
 def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, result: Survey) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_slim.surgery.cut import remove_units, restore
-from lightning_slim.surgery.graph import Example, untouched
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import Plan, UnitGroup, named_tensors
 
 Calls = Mapping[str, Example]  # dotted name of a network -> one call of it

@@ -76,7 +76,7 @@ def test_it_is_frozen_and_survives_a_pickle(kind: type[Score]) -> None:
 def test_magnitude_by_hand() -> None:
     given = Evidence(torch.tensor([[3.0, -4.0], [1.0, 0.0]]))
     assert Magnitude()(given).importance.tolist() == [5.0, 1.0]
-    assert Magnitude(p=1)(given).importance.tolist() == [7.0, 1.0]
+    assert Magnitude(p=1.0)(given).importance.tolist() == [7.0, 1.0]
 
 
 def test_taylor_is_the_recorded_saliency() -> None:
@@ -93,7 +93,7 @@ def test_granger_importance_is_the_share_unexplained_when_chosen() -> None:
     torch.testing.assert_close(importance, torch.tensor([1.0, 0.2, 0.0], dtype=torch.float64), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize(("make", "message"), [(lambda: Granger(lags=-1), "lags"), (lambda: Magnitude(p=0), "norm")])
+@pytest.mark.parametrize(("make", "message"), [(lambda: Granger(lags=-1), "lags"), (lambda: Magnitude(p=0.0), "norm")])
 def test_bad_arguments_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

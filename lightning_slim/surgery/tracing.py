@@ -1,0 +1,253 @@
+"""Traces a network into torch-pruning's dependency graph, and mends what that graph only guesses at.
+
+torch-pruning knows how indices travel through concatenations, splits and flattenings; it never changes the model here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_slim.eager import eagerly
+from lightning_slim.surgery.layers.recurrent import opaque
+
+
+class Example(NamedTuple):
+    """One call of a network: `network(*args, **kwargs)`.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        samples: how many samples of a batch are in it, if that is known; MACs are counted for one.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = {}
+    samples: int = 1
+
+
+class UntraceableError(ValueError):
+    """The dependency graph of a network cannot be built."""
+
+
+def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
+    """torch-pruning's graph, and the autograd nodes whose channels an input or output of the network fixes."""
+    import torch_pruning as tp
+
+    traced, shapes = _Traced(model), _Shapes()
+    inputs: list[Tensor] = []
+
+    def follow(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            return leaf
+        inputs.append(traced.let_in(leaf.detach().requires_grad_()))
+        return inputs[-1]
+
+    outputs: list[Tensor] = []
+
+    def tensors(output: Any) -> list[Tensor]:
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        outputs.extend(leaves)
+        return leaves
+
+    for leaf in tree_leaves(tuple(example)):
+        traced.announce(leaf)
+    widths: dict[Any, Any] = {type(m): _RecurrentWidth() for m in model.modules() if isinstance(m, nn.RNNBase)}
+    widths[_Input] = _InputWidth()
+    with untouched(model), opaque(model):
+        network_fails = True
+
+        def forward(*_: Any) -> Any:
+            nonlocal network_fails
+            args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
+            with shapes:
+                output = model(*args, **kwargs)
+            network_fails = False
+            return output
+
+        try:
+            graph = tp.DependencyGraph().build_dependency(
+                traced,
+                example_inputs=None,
+                forward_fn=forward,
+                output_transform=tensors,
+                verbose=False,
+                customized_pruners=widths,
+            )
+        except Exception as error:  # whatever torch-pruning stumbles over; what the network itself raises is the user's
+            if network_fails:
+                raise
+            raise UntraceableError(f"it cannot be traced ({type(error).__name__}: {error})") from error
+    for node in graph.module2node.values():
+        if node.grad_fn in shapes.joined:
+            _mend_concatenation(graph, node, shapes.joined[node.grad_fn])
+        if node.grad_fn in shapes.flattened:
+            _mend_flatten(node, shapes.flattened[node.grad_fn])
+    if not outputs:
+        raise UntraceableError(
+            f"Expected {type(model).__name__} to return a tensor that depends on its weights, got none: "
+            "prune a submodule whose output does."
+        )
+    return graph, {tensor.grad_fn for tensor in (*inputs, *outputs)}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and gradients everywhere (tracing wants them); afterwards nothing of it is left."""
+    modes = {module: module.training for module in model.modules()}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            eagerly(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            model.eval()
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+class _Shapes(TorchFunctionMode):
+    """Watches what torch-pruning can only guess at: which axis is joined, and what is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: dict[Any, list[int]] = {}  # autograd node -> sizes of the parts along the joined axis
+        self.flattened: dict[
+            Any, torch.Size
+        ] = {}  # autograd node -> shape before everything but the batch was flattened
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            named = {"tensors": args[0] if args else None, "dim": args[1] if len(args) > 1 else 0, **(kwargs or {})}
+            self.joined[output.grad_fn] = [part.shape[named.get("axis", named["dim"])] for part in named["tensors"]]
+        before: Any = args[0] if args else None
+        flattens = func in FLATTENING and isinstance(before, Tensor) and output.ndim == 2 < before.ndim
+        if flattens and output.shape[0] == before.shape[0]:
+            self.flattened[output.grad_fn] = before.shape
+        return output
+
+
+FLATTENING = (torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view)
+
+
+def _mend_concatenation(graph: Any, node: Any, widths: list[int]) -> None:
+    """Offsets for a concatenation of channels that torch-pruning took for one of steps or samples.
+
+    It compares the width of a concatenation with that of its reader, which is wider behind a flatten. Here the sizes
+    along the joined axis decide: they are the widths of what was joined.
+    """
+    from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
+    from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
+
+    inferred = [infer_out_channels_recursively(graph, source, [0]) for source in node.inputs]
+    if node.module.offsets is not None or inferred != widths:
+        return
+    start = 0
+    for source, width in zip(node.inputs, widths, strict=True):
+        place = [start, start + width]
+        start += width
+        back = next(d for d in node.dependencies if d.target is source and d.index_mapping[1] is None)
+        forth = next(d for d in source.dependencies if d.target is node and d.index_mapping[1] is None)
+        back.index_mapping[1] = _ConcatIndexMapping(offset=place, reverse=True)
+        forth.index_mapping[1] = _ConcatIndexMapping(offset=place, reverse=False)
+
+
+def _mend_flatten(node: Any, shape: torch.Size) -> None:
+    """The positions behind a flatten from the shape before it; torch-pruning infers them from layers farther away.
+
+    The channels of (batch, channels, ...) own runs of positions. Of (batch, steps, channels) nothing is mended: the
+    trial of the cut finds out which of the two it was.
+    """
+    from torch_pruning.dependency.index_mapping import _FlattenIndexMapping
+
+    stride = shape[2:].numel()
+    for dependency in (d for d in node.dependencies if d.target in node.inputs):
+        dependency.index_mapping[0] = _FlattenIndexMapping(stride=stride, reverse=True)
+    for source in node.inputs:
+        for dependency in (d for d in source.dependencies if d.target is node):
+            dependency.index_mapping[0] = _FlattenIndexMapping(stride=stride, reverse=False)
+
+
+class _Input(nn.Module):
+    """Stands where an input enters: torch-pruning skips leaves, and could not tell what is added to one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+class _InputWidth:
+    """What torch-pruning asks of a layer, of an input; nothing is ever pruned by it."""
+
+    def prune_out_channels(self, layer: _Input, indices: Any) -> _Input:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: _Input) -> int:
+        return layer.width
+
+    get_in_channels = get_out_channels
+
+
+class _RecurrentWidth:
+    """What torch-pruning asks of a layer, of a recurrent one: its own pruners know neither layers nor directions."""
+
+    def prune_out_channels(self, layer: nn.RNNBase, indices: Any) -> nn.RNNBase:
+        return layer
+
+    def prune_in_channels(self, layer: nn.RNNBase, indices: Any) -> nn.RNNBase:
+        return layer
+
+    def get_out_channels(self, layer: nn.RNNBase) -> int:
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+
+    def get_in_channels(self, layer: nn.RNNBase) -> int:
+        return layer.input_size
+
+
+class _Traced(nn.Module):
+    """A network with its inputs as modules."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.inputs = nn.ModuleList()
+        self.entered = 0
+
+    def announce(self, leaf: Any) -> None:
+        """Makes room for an input before tracing begins: hooks are set then."""
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            self.inputs.append(_Input(leaf.shape[1] if leaf.ndim > 1 else leaf.numel()))
+
+    def let_in(self, leaf: Tensor) -> Tensor:
+        """The next input, as it enters the network."""
+        self.entered += 1
+        entered: Tensor = self.inputs[self.entered - 1](leaf)
+        return entered
