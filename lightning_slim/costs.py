@@ -29,14 +29,14 @@ class _Axis:
 class Costs:
     """Units, parameters and MACs of a model as functions of the widths of its groups.
 
-    A layer's MACs are proportional to the entries of its weight, so they shrink as the weight does. That is exact for
-    linear layers and convolutions of every kind, as long as the sizes between them (pixels, steps) stay.
+    A layer's MACs are proportional to the entries of its matrices, so they shrink as these do. That is exact for linear
+    layers, convolutions and recurrent layers of every kind, as long as the sizes between them (pixels, steps) stay.
 
     Attributes:
         original: width of every group before anything was cut.
         parameters: number of all parameters of the model.
         layer_macs: layer -> multiply-accumulates of one forward pass of the example, its children's left out.
-        shapes: tensor -> shape, of all parameters that a group touches.
+        shapes: tensor -> shape, of all parameters that a group touches, and of the matrices beside them.
         axes: tensor -> axis -> who owns how much of it.
         packs: group -> pack, of those that must keep as many units as others.
     """
@@ -68,7 +68,11 @@ class Costs:
             }
             for name, by_axis in owned.items()
         }
-        shapes = {name: list(tensors[name].shape) for name in axes}
+        layers = {name.rpartition(".")[0] for name in axes}
+        beside = {
+            first_name[id(p)] for n, p in model.named_parameters() if n.rpartition(".")[0] in layers and p.ndim > 1
+        }
+        shapes = {name: list(tensors[name].shape) for name in tensors if name in axes or name in beside}
         packs = {group.name: group.pack for group in groups if group.pack}
         return cls(original, sum(p.numel() for p in model.parameters()), dict(layer_macs), shapes, axes, packs)
 
@@ -93,18 +97,15 @@ class Costs:
     def _left(self, tensor: str, widths: Widths) -> int:
         entries = 1
         for axis, size in enumerate(self.shapes[tensor]):
-            owners = self.axes[tensor].get(axis)
+            owners = self.axes.get(tensor, {}).get(axis)
             entries *= size if owners is None else owners.kept(self.original, widths)
         return entries
 
     def _share(self, layer: str, widths: Widths) -> float:
-        """What stays of a layer's largest parameter."""
-        prefix = f"{layer}." if layer else ""
-        mine = [name for name in self.shapes if name.rpartition(".")[0] == layer and name.startswith(prefix)]
-        if not mine:
-            return 1.0
-        weight = max(mine, key=self._full)
-        return self._left(weight, widths) / self._full(weight)
+        """What stays of a layer's matrices."""
+        mine = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == layer and len(shape) > 1]
+        full = sum(map(self._full, mine))
+        return sum(self._left(name, widths) for name in mine) / full if full else 1.0
 
     def to_state(self) -> dict[str, Any]:
         """Plain data, for a checkpoint."""

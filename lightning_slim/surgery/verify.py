@@ -15,14 +15,15 @@ from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import Plan, UnitGroup, named_tensors
 
+LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
+
 Calls = Mapping[str, Example]  # dotted name of a network -> one call of it
 
 
 def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
     """Tries every group (or pack of groups) alone: cuts half of its units, compares, and puts them back.
 
-    Weights that are zero, or next to it, are replaced for the trial: a branch that a fresh residual block multiplies by
-    zero could hide a wrong cut.
+    Small weights are made larger for the trial, so that a quiet branch cannot hide a wrong cut.
 
     Args:
         model: the module that `groups` were found in; left as it was.
@@ -162,14 +163,22 @@ def _unread(model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bo
 @contextmanager
 @torch.no_grad()
 def _loud(model: nn.Module) -> Iterator[None]:
-    """Gives parameters that are zero, or nearly, random values for the time being."""
-    quiet = [p for p in model.parameters() if p.is_floating_point() and p.numel() and float(p.abs().max()) < 1e-3]
-    saved = [p.detach().clone() for p in quiet]
+    """Makes quiet weights loud, for the time being.
+
+    Zeros become random numbers; matrices get at least the size at which signals neither fade nor explode. Otherwise a
+    branch that is multiplied by zero, or attention that is still uniform, could hide a wrong cut.
+    """
+    changed: list[tuple[nn.Parameter, Tensor]] = []
     try:
         with torch.random.fork_rng(devices=[]):
-            for p in quiet:
-                p.copy_(torch.randn(p.shape).to(p) / 10)
+            for p in (p for p in model.parameters() if p.is_floating_point() and p.numel()):
+                target = LOUDNESS * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.0)
+                size = float(p.square().mean().sqrt())
+                if size < max(target, 1e-3):
+                    changed.append((p, p.detach().clone()))
+                    noise = torch.randn(p.shape).to(p) * (target or 0.1)
+                    p.copy_(noise if size < 1e-3 else p * (target / size))
         yield
     finally:
-        for p, value in zip(quiet, saved, strict=True):
+        for p, value in changed:
             p.copy_(value)
