@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.costs import Costs
+from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.profile import count_macs
 from lightning_slim.recording import Recorder
@@ -23,14 +24,10 @@ from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip, skips
-from lightning_slim.statistics import Moments, least_squares_image, merged
 from lightning_slim.surgery import Example, StructureChange, Survey, migrate, remove_units, restore
-from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
 from lightning_slim.surgery.verify import compare, vet
 from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
-
-Compensate = Literal["none", "mean", "least_squares"]
 
 
 class NoEffectWarning(UserWarning):
@@ -245,9 +242,8 @@ class Pruner:
             return None
         with ExitStack() as undo:
             models = [self.model, *copies]
-            if self.compensate != "none":
-                for put_back in self._fold(plan, models):
-                    undo.callback(put_back)
+            for put_back in fold_plan(models, self.groups, plan, self.recorder.moments, self.compensate):
+                undo.callback(put_back)
             wrong = self.agree(compare(self.model, self.groups, plan, self.calls)) if self.verify and self.calls else ""
             if wrong:
                 self._give_up(plan, wrong)
@@ -292,28 +288,6 @@ class Pruner:
             saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
             generator=generator,
         )
-
-    def _fold(self, plan: Plan, models: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
-        tensors = named_tensors(self.model)
-        for group in (group for group in self.groups if group.name in plan):
-            keep = plan[group.name]
-            seen = zip(self.recorder.moments[group.name], group.readers, strict=True)
-            pairs = [(moments, reader) for moments, reader in seen if moments is not None]
-            tied: dict[int, list[Moments]] = {}  # readers of one weight: it is folded once, by what all of them see
-            for moments, reader in pairs:
-                tied.setdefault(id(tensors[reader.span.tensor]), []).append(moments)
-            folded: set[int] = set()
-            for moments, reader in pairs:
-                weight = id(tensors[reader.span.tensor])
-                width = len(moments.total) // group.size  # the present is the first of a unit's columns
-                kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
-                image = least_squares_image(merged(tied[weight]), kept, gone, intercept=reader.offset is not None)
-                share = image.weight.cpu() * (self.compensate == "least_squares")
-                mean = moments.mean.cpu()
-                constant = mean[gone] - share.T @ mean[kept]
-                for model in models:
-                    yield fold(model, reader, keep, (share, constant), weight_too=weight not in folded)
-                folded.add(weight)
 
     def _remember(self, progress: float, step: int, plan: Plan, importance: Mapping[str, Tensor]) -> PruningEvent:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}

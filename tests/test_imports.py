@@ -27,15 +27,16 @@ MAY_IMPORT = {
     "recording": {"eager", "statistics", "units"},
     "surgery": {"eager", "units"},
     "capture": {"eager", "surgery"},
+    "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
     "report": {"profile", "surgery"},
     "pruner": {
-        "budgets", "costs", "history", "profile", "recording", "schedules", "scores", "selection", "skipping",
-        "statistics", "surgery", "units",
+        "budgets", "costs", "folding", "history", "profile", "recording", "schedules", "scores", "selection",
+        "skipping", "statistics", "surgery", "units",
     },
     "callbacks": {
-        "budgets", "capture", "checkpoint", "eager", "history", "pruner", "report", "schedules", "scores", "selection",
-        "skipping", "surgery",
+        "budgets", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report", "schedules", "scores",
+        "selection", "skipping", "surgery",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

@@ -19,8 +19,9 @@ from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
 from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import cut_tensors, remember_cut
+from lightning_slim.folding import Compensate
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.pruner import Compensate, NoEffectWarning, Pruner
+from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_slim import Magnitude, OneShot, Pruner, Taylor, Units, find_groups, remove_units
+from lightning_slim.folding import fold_plan
 from lightning_slim.recording import Recorder
 from lightning_slim.surgery import Example, survey
 from lightning_slim.surgery.groups import workable
 from lightning_slim.surgery.verify import vet
+from lightning_slim.units import Plan
 from tests.networks import same
 from tests.surgery.test_compensate import depend
 from tests.surgery.test_cut import Net, conv, some, zeroed
@@ -230,7 +232,7 @@ def test_readers_that_share_one_weight_are_folded_once() -> None:
     with pruner.recording():
         network(x)
     plan = {"a": torch.tensor([True, True, False, True, True, True])}
-    list(pruner._fold(plan, [network]))  # type: ignore[arg-type]
+    list(fold_plan([network], pruner.groups, Plan(plan), pruner.recorder.moments, "least_squares"))
     remove_units(network, pruner.groups, plan)
     assert network.c.weight is network.b.weight
     torch.testing.assert_close(network(x), before, rtol=1e-2, atol=2e-2)
