@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lightning_slim.statistics import Moments, least_squares_image, merged
@@ -51,8 +53,7 @@ def _fold_group(
     folded: set[int] = set()
     for moments, reader in pairs:
         weight = id(tensors[reader.span.tensor])
-        width = len(moments.total) // units  # the present is the first of a unit's columns
-        kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
+        kept, gone = (_present(moments, reader, mask) for mask in (keep, ~keep))
         image = least_squares_image(merged(tied[weight]), kept, gone, intercept=reader.offset is not None)
         share = image.weight.cpu() * (compensate == "least_squares")
         mean = moments.mean.cpu()
@@ -60,3 +61,10 @@ def _fold_group(
         for model in models:
             yield fold(model, reader, keep, (share, constant), weight_too=weight not in folded)
         folded.add(weight)
+
+
+def _present(moments: Moments, reader: Reader, units: Bool[Tensor, "units"]) -> Int[Tensor, "columns"]:
+    """The columns of some units without their past: the first of each unit, or all where they are its channels."""
+    width = len(moments.total) // len(units)
+    present = torch.arange(width if reader.joint else 1)
+    return (units.nonzero() * width + present).flatten()

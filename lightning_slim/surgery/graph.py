@@ -188,11 +188,13 @@ def _edges(
             pairs = [(i.root_idx, i.idx) for i in indices if i.root_idx is not None]
             yield dependency.target, _role(graph, dependency.target, dependency.handler), pairs
     kind = layer_kind(node.module) if isinstance(node.module, nn.Module) else None
-    chunks = kind.chunks(node.module, role) if kind else 1
-    if chunks > 1:
-        total = graph.get_out_channels(node) if role == "out" else graph.get_in_channels(node)
-        step = total // chunks
-        yield node, role, [(c, c % step + chunk * step) for c in channels for chunk in range(chunks)]
+    families = kind.families(node.module, role) if kind else None
+    if families is not None:
+        members: defaultdict[int, list[int]] = defaultdict(list)
+        for channel, family in enumerate(families.tolist()):
+            members[family].append(channel)
+        known = [c for c in channels if c < len(families)]
+        yield node, role, [(c, other) for c in known for other in members[int(families[c])]]
 
 
 def _slices_something_else(graph: Any, mapping: Any, *nodes: Any) -> bool:
