@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.surgery.graph import Component, Coupling, find_coupling
+from lightning_slim.surgery.graph import Component, find_coupling
 from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
 from lightning_slim.surgery.layers.embedding import Embedding
 from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
@@ -117,10 +117,10 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         if reason:
             result.left_whole.setdefault(prefix + name, reason)
         elif name:
-            unit = _Unit.of(network, name, component, coupling)
+            unit = _Unit.of(network, name, component)
             units[name, unit.form].append(unit)
     for name, form in sorted(units, key=lambda key: network.order[key[0]]):
-        _gather(model, name, units[name, form], prefix, result)
+        _gather(model, name, units[name, form], coupling.normalised_by, prefix, result)
     for name in network.order:
         _add_inner(network, name, prefix, result)
     return result
@@ -147,25 +147,39 @@ class _Network:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.order = {name: i for i, name in enumerate(dict(model.named_modules()))}
+        self.modules = dict(model.named_modules())
+        self.order = {name: i for i, name in enumerate(self.modules)}
         self._kinds: dict[str, LayerKind | None] = {}
+        self._strange: dict[str, str] = {}
         self._places: dict[tuple[str, Role], list[tuple[Site, list[int]]]] = {}
 
     def kind(self, layer: str) -> LayerKind | None:
         """The kind that speaks for a layer."""
         if layer not in self._kinds:
-            self._kinds[layer] = layer_kind(self.model.get_submodule(layer))
+            self._kinds[layer] = layer_kind(self.modules[layer])
         return self._kinds[layer]
 
     def places(self, layer: str, role: Role) -> list[tuple[Site, list[int]]]:
         """Where the channels of one side of a layer live: the site, and the position of every channel there."""
         if (layer, role) not in self._places:
-            kind, module = self.kind(layer), self.model.get_submodule(layer)
+            kind, module = self.kind(layer), self.modules[layer]
             places = kind.places(module, role) if kind is not None else ()
             self._places[layer, role] = [
                 ((_join(layer, place.tensor), place.axis, place.role or role), place.index.tolist()) for place in places
             ]
         return self._places[layer, role]
+
+    def strange(self, layer: str) -> str:
+        """Why a layer cannot be cut; empty if it can."""
+        if layer not in self._strange:
+            module = self.modules[layer]
+            reason = ""
+            if self.kind(layer) is None:
+                reason = f"it meets {layer}, and {type(module).__name__} is not understood"
+            elif _is_parametrized(module):
+                reason = f"{layer} is parametrized: remove the parametrization, or leave it whole"
+            self._strange[layer] = reason
+        return self._strange[layer]
 
     def makes_channels(self, layer: str) -> bool:
         """Linear layers, convolutions and embeddings do; normalisations and activations carry them."""
@@ -178,12 +192,9 @@ def _why_not(network: _Network, component: Component) -> tuple[str, str]:
     layers = dict.fromkeys(c.owner for c in component.channels if c.axis is None)
     makers = (c.owner for c in component.channels if c.axis is None and c.role == "out")
     name = min((layer for layer in makers if network.makes_channels(layer)), key=network.order.__getitem__, default="")
-    for layer in layers:
-        if network.kind(layer) is None:
-            strange = type(network.model.get_submodule(layer)).__name__
-            return name, f"it meets {layer}, and {strange} is not understood"
-        if _is_parametrized(network.model.get_submodule(layer)):
-            return name, f"{layer} is parametrized: remove the parametrization, or leave it whole"
+    reason = next(filter(None, map(network.strange, layers)), "")
+    if reason:
+        return name, reason
     for channel in component.channels:
         if channel.axis is not None:
             followed = channel.number < network.model.get_parameter(channel.owner).shape[channel.axis]
@@ -200,10 +211,16 @@ def _is_parametrized(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Unit:
-    """The positions that one unit owns, and the layers that read it."""
+    """The positions that one unit owns.
+
+    Attributes:
+        places: positions at each site.
+        read: the sites that layers read it by -> whether its positions there are variables of their own.
+        order: among the units of its group.
+    """
 
     places: dict[Site, list[int]]
-    readers: dict[str, Reader]  # their spans are filled in once the whole group is known
+    read: dict[Site, bool]
     order: int
 
     @property
@@ -212,7 +229,7 @@ class _Unit:
         return tuple(sorted((*site, len(at)) for site, at in self.places.items()))
 
     @classmethod
-    def of(cls, network: _Network, maker: str, component: Component, coupling: Coupling) -> _Unit:
+    def of(cls, network: _Network, maker: str, component: Component) -> _Unit:
         places: defaultdict[Site, set[int]] = defaultdict(set)
         read: dict[Site, None] = {}
         for channel in component.channels:
@@ -228,20 +245,16 @@ class _Unit:
         # Several channels of the layer that makes them are variables of their own; several positions of one channel,
         # as behind a flatten, are repetitions.
         made = sum(c.owner == maker and c.role == "out" and c.axis is None for c in component.channels)
-        readers = {
-            site[0]: _reader(network.model, site, coupling.normalised_by, joint=len(places[site]) == made > 1)
-            for site in read
-        }
         return cls(
             {site: sorted(at) for site, at in places.items()},
-            readers,
+            {site: len(places[site]) == made > 1 for site in read},
             min(c.number for c in component.channels),
         )
 
 
-def _reader(model: nn.Module, site: Site, normalised_by: Mapping[str, str], joint: bool) -> Reader:
-    tensor, column, _ = site
-    layer, _, leaf = tensor.rpartition(".")
+def _reader(model: nn.Module, span: Span, normalised_by: Mapping[str, str], prefix: str, joint: bool) -> Reader:
+    """The layer that reads units by a span; `model` and `normalised_by` know it without the prefix."""
+    layer, _, leaf = span.tensor.removeprefix(prefix).rpartition(".")
     module, norm = model.get_submodule(layer), normalised_by.get(layer)
     kind = layer_kind(module)
     assert kind is not None
@@ -250,15 +263,21 @@ def _reader(model: nn.Module, site: Site, normalised_by: Mapping[str, str], join
     if isinstance(module, _ConvTransposeNd):
         pass  # it spreads a constant unevenly over its outputs: no bias can take it
     elif bias is not None:
-        offset = _join(layer, bias)
+        offset = prefix + _join(layer, bias)
     elif norm is not None and getattr(model.get_submodule(norm), "running_mean", None) is not None:
-        offset = _join(norm, "running_mean")
-    chunks = getattr(module, "groups", 1) if column == 1 else 1
-    span = Span(tensor, column, torch.empty(0, 0, dtype=torch.long), "in")
-    return Reader(layer, span, kind.channel_axis, chunks, offset, joint)
+        offset = prefix + _join(norm, "running_mean")
+    chunks = getattr(module, "groups", 1) if span.axis == 1 else 1
+    return Reader(prefix + layer, span, kind.channel_axis, chunks, offset, joint)
 
 
-def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, result: Survey) -> None:
+def _gather(
+    model: nn.Module,
+    name: str,
+    members: list[_Unit],
+    normalised_by: Mapping[str, str],
+    prefix: str,
+    result: Survey,
+) -> None:
     """Makes one group of units of one form, or says why not."""
     members = sorted(members, key=lambda unit: unit.order)
     index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
@@ -269,13 +288,7 @@ def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, resu
         return
     spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
     readers = tuple(
-        replace(
-            reader,
-            layer=prefix + reader.layer,
-            span=spans[reader.span.tensor, reader.span.axis, "in"],
-            offset=prefix + reader.offset if reader.offset else None,
-        )
-        for reader in members[0].readers.values()
+        _reader(model, spans[site], normalised_by, prefix, joint) for site, joint in members[0].read.items()
     )
     taken = sum(group.name.split("#")[0] == prefix + name for group in result.groups)
     unique = f"{prefix}{name}#{taken + 1}" if taken else prefix + name
@@ -318,9 +331,7 @@ def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Plac
         tensor, axis, role = site
         spans.append(Span(prefix + tensor, axis, torch.cat(at, 1), role))
         if role == "in" and tensor.rpartition(".")[0] != layer:
-            reader = _reader(model, site, {}, joint=spans[-1].index.shape[1] > 1)
-            offset = prefix + reader.offset if reader.offset else None
-            readers.append(replace(reader, layer=prefix + reader.layer, span=spans[-1], offset=offset))
+            readers.append(_reader(model, spans[-1], {}, prefix, joint=spans[-1].index.shape[1] > 1))
     return UnitGroup(f"{_join(prefix.rstrip('.'), layer)}.{inner}".lstrip("."), tuple(spans), tuple(readers))
 
 
