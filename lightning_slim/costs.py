@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_slim.units import UnitGroup, named_tensors
+from lightning_slim.weight_norm import layer_of, weight_norms
 
 Widths = Mapping[str, int]  # group name -> number of units that stay
 
@@ -39,6 +40,7 @@ class Costs:
         shapes: tensor -> shape, of all parameters that a group touches, and of the matrices beside them.
         axes: tensor -> axis -> who owns how much of it.
         packs: group -> pack, of those that must keep as many units as others.
+        matrices: layer -> which of `shapes` its input is multiplied by.
     """
 
     original: dict[str, int]
@@ -47,6 +49,7 @@ class Costs:
     shapes: dict[str, list[int]]
     axes: dict[str, dict[int, _Axis]]
     packs: dict[str, str]
+    matrices: dict[str, list[str]]
 
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[UnitGroup], layer_macs: Mapping[str, int]) -> Costs:
@@ -74,7 +77,13 @@ class Costs:
         }
         shapes = {name: list(tensors[name].shape) for name in tensors if name in axes or name in beside}
         packs = {group.name: group.pack for group in groups if group.pack}
-        return cls(original, sum(p.numel() for p in model.parameters()), dict(layer_macs), shapes, axes, packs)
+        lengths = {id(norm.g) for norm in weight_norms(model).values()}
+        matrices: defaultdict[str, list[str]] = defaultdict(list)
+        for name, shape in shapes.items():
+            if len(shape) > 1 and id(tensors[name]) not in lengths:
+                matrices[layer_of(name)].append(name)
+        parameters = sum(p.numel() for p in model.parameters())
+        return cls(original, parameters, dict(layer_macs), shapes, axes, packs, dict(matrices))
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""
@@ -103,7 +112,7 @@ class Costs:
 
     def _share(self, layer: str, widths: Widths) -> float:
         """What stays of a layer's matrices."""
-        mine = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == layer and len(shape) > 1]
+        mine = self.matrices.get(layer, [])
         full = sum(map(self._full, mine))
         return sum(self._left(name, widths) for name in mine) / full if full else 1.0
 

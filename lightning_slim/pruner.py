@@ -28,6 +28,7 @@ from lightning_slim.surgery import Example, StructureChange, Survey, migrate, re
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
 from lightning_slim.surgery.verify import compare, vet
 from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
+from lightning_slim.weight_norm import weight
 
 
 class NoEffectWarning(UserWarning):
@@ -273,7 +274,6 @@ class Pruner:
         return plan_for(widths, importance)
 
     def _evidence(self, group: UnitGroup) -> Evidence:
-        tensors = named_tensors(self.model)
         generator = torch.Generator().manual_seed(
             zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
         )
@@ -281,7 +281,7 @@ class Pruner:
         return Evidence(
             weights=rows(self.model, group, role=None).detach(),
             readings=tuple(
-                Reading(m, columns(tensors[r.span.tensor].detach(), r.span))
+                Reading(m, columns(weight(self.model, r.span.tensor).detach(), r.span))
                 for m, r in zip(moments, group.readers, strict=False)
                 if m is not None
             ),

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "lightning_slim"
 
 # What each part may import of the package. A part is a folder or a file of the package's first level.
 MAY_IMPORT = {
-    "units": set(),
+    "weight_norm": set(),
+    "units": {"weight_norm"},
     "statistics": set(),
     "schedules": set(),
     "eager": set(),
@@ -21,22 +22,22 @@ MAY_IMPORT = {
     "history": set(),
     "skipping": set(),
     "scores": {"statistics"},
-    "costs": {"units"},
+    "costs": {"units", "weight_norm"},
     "budgets": {"costs"},
     "selection": {"budgets", "costs", "units"},
     "recording": {"eager", "statistics", "units"},
-    "surgery": {"eager", "units"},
+    "surgery": {"eager", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
     "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
-    "report": {"profile", "surgery"},
+    "report": {"profile", "surgery", "weight_norm"},
     "pruner": {
         "budgets", "costs", "folding", "history", "profile", "recording", "schedules", "scores", "selection",
-        "skipping", "statistics", "surgery", "units",
+        "skipping", "statistics", "surgery", "units", "weight_norm",
     },
     "callbacks": {
         "budgets", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report", "schedules", "scores",
-        "selection", "skipping", "surgery",
+        "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.surgery.graph import Channel, Component, Coupling, find_coupling
-from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.layers import Place, layer_kind
 from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
 from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup, named_tensors
+from lightning_slim.weight_norm import obstacle, weight_norm_of
 
 Site = tuple[str, int, Role]  # tensor, axis, role
 
@@ -164,8 +164,8 @@ def _cannot_be_followed(model: nn.Module, channel: Channel) -> str:
         size = model.get_parameter(channel.owner).shape[channel.axis]
         return "" if channel.number < size else f"its channels could not be followed to {channel.owner}"
     module = model.get_submodule(channel.owner)
-    if is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
-        return f"{channel.owner} is parametrized: remove the parametrization, or leave it whole"
+    if reason := obstacle(module):
+        return f"{channel.owner} {reason}"
     kind = layer_kind(module)
     places = kind.places(module, channel.role) if kind is not None else []
     fits = all(channel.number < len(place.index) for place in places)
@@ -206,19 +206,27 @@ class _Unit:
             kind = layer_kind(module)
             assert kind is not None
             for place in kind.places(module, channel.role):
-                role = place.role or channel.role
-                site = (_join(channel.owner, place.tensor), place.axis, role)
                 position = int(place.index[channel.number])
                 if position < 0:
                     continue
-                places[site].add(position)
-                if channel.role == "in" and kind.channel_axis is not None:
-                    readers[site[0]] = _reader(model, channel.owner, site, coupling)
+                for tensor, role in _stored(module, place, place.role or channel.role):
+                    site = (_join(channel.owner, tensor), place.axis, role)
+                    places[site].add(position)
+                    if channel.role == role == "in" and kind.channel_axis is not None:
+                        readers[site[0]] = _reader(model, channel.owner, site, coupling)
         return cls(
             {site: sorted(at) for site, at in places.items()},
             readers,
             min(c.number for c in component.channels),
         )
+
+
+def _stored(module: nn.Module, place: Place, role: Role) -> list[tuple[str, Role]]:
+    """The tensors that a place lies in: under weight norm, a row has a direction and a length."""
+    norm = weight_norm_of(module) if place.tensor == "weight" else None
+    if norm is None:
+        return [(place.tensor, role)]
+    return [(norm.direction, role)] + ([(norm.length, "out")] if place.axis == norm.dim else [])
 
 
 def _reader(model: nn.Module, layer: str, site: Site, coupling: Coupling) -> Reader:
