@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_slim.surgery import resize_to
+from lightning_slim.surgery import drop, dropped, forget_blocks, grow_back, resize_to
 from lightning_slim.units import named_tensors
 
 KEY = "lightning_slim"
@@ -29,8 +29,8 @@ def remember_cut(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def sign(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Writes into a checkpoint which tensors were cut; their shapes stand in its state dict."""
-    checkpoint[KEY] = {"version": VERSION, "tensors": sorted(cut_tensors(model))}
+    """Writes into a checkpoint which tensors were cut, and which blocks dropped; shapes stand in its state dict."""
+    checkpoint[KEY] = {"version": VERSION, "tensors": sorted(cut_tensors(model)), "dropped": dropped(model)}
 
 
 def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = False) -> None:
@@ -48,18 +48,31 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = Fals
     Raises:
         ValueError: the checkpoint was written by a later version.
     """
-    signature = checkpoint.get(KEY, {"version": VERSION, "tensors": []})
+    signature = checkpoint.get(KEY, {"version": VERSION, "tensors": [], "dropped": {}})
     if signature["version"] > VERSION:
         raise ValueError(
             f"Expected a checkpoint of version {VERSION} at most, got {signature['version']}: update lightning-slim."
         )
     state = checkpoint["state_dict"]
-    names = {*signature["tensors"], *cut_tensors(model)}
+    names = _fit_blocks(model, signature["dropped"])
+    names |= {*signature["tensors"], *cut_tensors(model)}
     if everything and KEY not in checkpoint:
         tensors = {n: t for n, t in named_tensors(model).items() if n in state and not is_lazy(t)}
         names = {n for n, t in tensors.items() if t.ndim == state[n].ndim and t.shape != state[n].shape}
     remember_cut(model, names)
     resize_to(model, {name: state[name].shape for name in names & state.keys()})
+
+
+def _fit_blocks(model: nn.Module, blocks: Mapping[str, int]) -> set[str]:
+    """Takes out and puts back blocks, so that a model lacks these; the names of the tensors that came back."""
+    lacks = dropped(model)
+    for path in lacks.keys() - blocks.keys():
+        grow_back(model, path)
+    for path in blocks.keys() - lacks.keys():
+        drop(model, path, blocks[path])
+    forget_blocks(model)
+    back = tuple(f"{path}." for path in lacks.keys() - blocks.keys())
+    return {name for name in named_tensors(model) if back and name.startswith(back)}
 
 
 def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, **kwargs: Any) -> Module:

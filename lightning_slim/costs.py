@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from lightning_slim.units import UnitGroup, named_tensors
+from lightning_slim.units import UnitGroup, most_important_first, named_tensors
 
 Widths = Mapping[str, int]  # group name -> number of units that stay
 
@@ -34,11 +35,13 @@ class Work:
         macs: of one forward pass of one sample.
         tensors: what they are proportional to; to nothing that can shrink, if there is none.
         axis: only the size of this axis counts, not all entries.
+        layer: that does it.
     """
 
     macs: int
     tensors: tuple[str, ...] = ()
     axis: int | None = None
+    layer: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Costs:
         shapes: tensor -> shape, of all parameters that a group touches or that work goes by.
         axes: tensor -> axis -> who owns how much of it.
         packs: group -> pack, of those that must keep as many units as others.
+        blocks: block -> its group, of those that are still there, the most important first: a width leaves the first.
+        gone: blocks that were taken out.
     """
 
     original: dict[str, int]
@@ -64,6 +69,8 @@ class Costs:
     shapes: dict[str, list[int]]
     axes: dict[str, dict[int, _Axis]]
     packs: dict[str, str]
+    blocks: dict[str, str] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[UnitGroup], work: Iterable[Work]) -> Costs:
@@ -86,9 +93,12 @@ class Costs:
             for name, by_axis in owned.items()
         }
         work = [replace(each, tensors=tuple(first_name[id(tensors[n])] for n in each.tensors)) for each in work]
-        shapes = {name: list(tensors[name].shape) for name in {*axes, *(n for each in work for n in each.tensors)}}
+        blocks = {path: group.name for group in groups for path in group.blocks}
+        inside = {first_name[id(p)] for path in blocks for p in model.get_submodule(path).parameters()}
+        names = {*axes, *inside, *(name for each in work for name in each.tensors)}
+        shapes = {name: list(tensors[name].shape) for name in tensors if name in names}
         packs = {group.name: group.pack for group in groups if group.pack}
-        return cls(original, sum(p.numel() for p in model.parameters()), work, shapes, axes, packs)
+        return cls(original, sum(p.numel() for p in model.parameters()), work, shapes, axes, packs, blocks)
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""
@@ -96,11 +106,39 @@ class Costs:
 
     def params(self, widths: Widths) -> int:
         """Number of parameters that stay."""
-        return self.parameters - sum(self._full(name) - self._left(name, widths) for name in self.shapes)
+        lost = self._lost(widths)
+        left = sum(self._left(name, widths) for name in self.shapes if not name.startswith(lost))
+        return self.parameters - sum(map(self._full, self.shapes)) + left
 
     def macs(self, widths: Widths) -> int:
         """Multiply-accumulates of one forward pass of the example."""
-        return round(sum(each.macs * self._share(each, widths) for each in self.work))
+        lost = self._lost(widths)
+        left = (each for each in self.work if not f"{each.layer}.".startswith(lost))
+        return round(sum(each.macs * self._share(each, widths) for each in left))
+
+    def ranked(self, importance: Mapping[str, Float[Tensor, "units"]]) -> Costs:
+        """The costs where the most important blocks stay; `importance` is in the order of `blocks`."""
+        ranked: dict[str, str] = {}
+        for group in dict.fromkeys(self.blocks.values()):
+            paths = [path for path, owner in self.blocks.items() if owner == group]
+            order = most_important_first(importance[group]) if group in importance else range(len(paths))
+            ranked.update((paths[i], group) for i in order)
+        return replace(self, blocks=ranked)
+
+    def without(self, blocks: Iterable[str]) -> Costs:
+        """The costs after some blocks were taken out."""
+        blocks = set(blocks)
+        left = {path: group for path, group in self.blocks.items() if path not in blocks}
+        return replace(self, blocks=left, gone=(*self.gone, *sorted(blocks)))
+
+    def _lost(self, widths: Widths) -> tuple[str, ...]:
+        """What the names of tensors and layers begin with that are in blocks that go."""
+        left, lost = dict(widths), list(self.gone)
+        for path, group in self.blocks.items():
+            left[group] -= 1
+            if left[group] < 0:
+                lost.append(path)
+        return tuple(f"{path}." for path in lost)
 
     def _full(self, tensor: str) -> int:
         return math.prod(self.shapes[tensor])
@@ -136,4 +174,5 @@ class Costs:
             name: {int(axis): _Axis(*owner) for axis, owner in by_axis.items()}
             for name, by_axis in state["axes"].items()
         }
-        return cls(**{**state, "axes": axes, "work": [Work(**each) for each in state["work"]]})
+        work = [Work(**{**each, "tensors": tuple(each["tensors"])}) for each in state["work"]]
+        return cls(**{**state, "axes": axes, "work": work, "gone": tuple(state["gone"])})

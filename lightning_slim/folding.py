@@ -33,7 +33,7 @@ def fold_plan(
         compensate: `"least_squares"`: the image of removed units in those that stay; `"mean"`: their mean; `"none"`.
     """
     for group in groups:
-        if compensate != "none" and group.name in plan:
+        if compensate != "none" and group.name in plan and not group.blocks:
             seen = zip(moments[group.name], group.readers, strict=True)
             pairs = [(at_reader, reader) for at_reader, reader in seen if at_reader is not None]
             yield from _fold_group(models, group.size, plan[group.name], pairs, compensate)

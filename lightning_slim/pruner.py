@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,11 +25,25 @@ from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip, skips
 from lightning_slim.statistics import Moments
-from lightning_slim.surgery import Example, StructureChange, Survey, find_work, migrate, remove_units, restore
+from lightning_slim.surgery import (
+    Example,
+    StructureChange,
+    Survey,
+    dropped,
+    find_blocks,
+    find_work,
+    forget_blocks,
+    migrate,
+    remove_units,
+    restore,
+)
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
-from lightning_slim.surgery.verify import compare, pack_up, vet
+from lightning_slim.surgery.verify import compare, pack_up, vet, vet_blocks
 from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 from lightning_slim.weight_norm import weight
+
+Granularity = Literal["units", "layers", "both"]
+NOTHING = "It has no layers that can be cut, and no residual blocks"
 
 
 class NoEffectWarning(UserWarning):
@@ -53,6 +67,7 @@ class Pruner:
             nothing reads the removed units; what differs is left whole. A cut right after a resume comes before there
             is a call to compare with, and goes by the trial that began the run.
         seed: of scores that draw.
+        granularity: what goes: `"units"` of layers, whole residual blocks (`"layers"`), or both under one budget.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -78,7 +93,10 @@ class Pruner:
         compensate: Compensate = "least_squares",
         verify: bool = True,
         seed: int = 0,
+        granularity: Granularity = "units",
     ) -> None:
+        if granularity not in ("units", "layers", "both"):
+            raise ValueError(f'Expected `granularity` to be "units", "layers" or "both", got {granularity!r}.')
         if compensate not in ("none", "mean", "least_squares"):
             raise ValueError(f'Expected `compensate` to be "none", "mean" or "least_squares", got {compensate!r}.')
         self.model = model
@@ -91,6 +109,7 @@ class Pruner:
         self.compensate = compensate
         self.verify = verify
         self.seed = seed
+        self.granularity = granularity
         self.history = History()
         self.last_change: StructureChange | None = None
         self.left_whole: dict[str, str] = {}
@@ -103,6 +122,7 @@ class Pruner:
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
+        self._gone: set[str] = set()  # blocks that this pruner took out
         self._costs: Costs | None = None
         self._recorder: Recorder | None = None
         check_skip(model, self.skip)
@@ -121,8 +141,23 @@ class Pruner:
             ValueError: nothing can be removed, or not enough.
         """
         calls = self._workable({"": example_inputs} if networks is None else networks)
+        self.left_whole = {}
+        groups = self._find_units(calls) if self.granularity != "layers" else []
+        groups += self._find_blocks(calls) if self.granularity != "units" else []
+        if not groups:
+            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
+            raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons or NOTHING}.")
+        costs = Costs.of(self.model, groups, find_work(self.model, calls))
+        self._check_reachable(costs)
+        self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
+        self._original_index = {group.name: torch.arange(group.size) for group in groups}
+        self._original_shapes = self._shapes = _shapes(self.model, groups)
+        self._recorder = self._new_recorder()
+
+    def _find_units(self, calls: Mapping[str, Example]) -> list[UnitGroup]:
+        """Groups of units that can be removed; why the others cannot goes into `left_whole`."""
         found = survey_networks(self.model, calls)
-        self.left_whole = found.left_whole
+        self.left_whole |= found.left_whole
         groups = _whole_packs([group for group in found.groups if self._wanted(group)], found, self.left_whole)
         if self.verify:
             unfit = vet(self.model, groups, calls)
@@ -133,15 +168,30 @@ class Pruner:
                 for group in groups
                 if group.name in packs or group.name not in unfit
             ]
-        if not groups:
-            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items()) or "it has no layers"
-            raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons}.")
-        costs = Costs.of(self.model, groups, find_work(self.model, calls))
-        self._check_reachable(costs)
-        self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
-        self._original_index = {group.name: torch.arange(group.size) for group in groups}
-        self._original_shapes = self._shapes = _shapes(self.model, groups)
-        self._recorder = self._new_recorder()
+        return groups
+
+    def _find_blocks(self, calls: Mapping[str, Example]) -> list[UnitGroup]:
+        """Groups of blocks that can be removed; why others cannot goes into `left_whole`."""
+        found: dict[str, UnitGroup] = {}
+        for root, call in calls.items():
+            groups = find_blocks(self.model.get_submodule(root), call, f"{root}." if root else "")
+            found.update((group.name, group) for group in groups)
+        unfit = self.agree(vet_blocks(self.model, list(found.values()), calls)) if self.verify else {}
+        unfit |= {path: why for group in found.values() for path in group.blocks if (why := self._unwanted(path))}
+        self.left_whole |= unfit
+        left = (replace(g, blocks=tuple(path for path in g.blocks if path not in unfit)) for g in found.values())
+        return [group for group in left if group.blocks]
+
+    def _unwanted(self, block: str) -> str:
+        """Why a block is to stay; empty if it need not."""
+        module = self.model.get_submodule(block)
+        if self.module and not f"{block}.".replace("_orig_mod.", "").startswith(f"{self.module}."):
+            return f"it is not in {self.module}"
+        if any(skips(entry, block, module) for entry in self.skip):
+            return "it is skipped"
+        if "saliency" in self.score.needs and not any(p.requires_grad for p in module.parameters()):
+            return "it is frozen, so no gradient says how important it is"
+        return ""
 
     def meet(self, networks: Mapping[str, Any]) -> None:
         """Examples of networks that were prepared before: a checkpoint knows the groups, but holds no training data."""
@@ -153,7 +203,8 @@ class Pruner:
     @property
     def in_step(self) -> bool:
         """Whether the model still has the shapes that this pruner left it with."""
-        return self._shapes == _shapes(self.model, self.groups)
+        stands = all(path in dict(self.model.named_modules()) for group in self.groups for path in group.layers)
+        return stands and self._shapes == _shapes(self.model, self.groups) and self._gone == set(dropped(self.model))
 
     @property
     def prepared(self) -> bool:
@@ -176,8 +227,8 @@ class Pruner:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Group -> units left."""
-        return {group.name: group.size for group in self.groups}
+        """Group -> units left; none of groups that went with their block."""
+        return dict.fromkeys(self._original_index, 0) | {group.name: group.size for group in self.groups}
 
     @property
     def original_shapes(self) -> dict[str, list[int]]:
@@ -188,7 +239,8 @@ class Pruner:
     def cut_tensors(self) -> list[str]:
         """Names of all tensors that have another shape than in the original."""
         tensors = named_tensors(self.model)
-        return [name for name, shape in self._original_shapes.items() if list(tensors[name].shape) != shape]
+        shapes = ((name, shape) for name, shape in self._original_shapes.items() if name in tensors)
+        return [name for name, shape in shapes if list(tensors[name].shape) != shape]
 
     def recording(self) -> AbstractContextManager[None]:
         """Every forward pass of the model within is recorded, as one step."""
@@ -256,6 +308,8 @@ class Pruner:
                 undo.callback(restore, model, cuts[-1])
             migrate(optimizers, cuts[0])
             undo.pop_all()
+        for model in models:
+            forget_blocks(model)
         return self._remember(progress, global_step, plan, importance)
 
     def _score(self) -> dict[str, Float[Tensor, "units"]]:
@@ -279,13 +333,16 @@ class Pruner:
             zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
         )
         moments = self.recorder.moments[group.name] if "moments" in self.score.needs else []
+        readings = tuple(
+            _reading(m, r, weight(self.model, r.span.tensor).detach())
+            for m, r in zip(moments, group.readers, strict=False)
+            if m is not None
+        )
+        if group.blocks:  # what follows reads the sum of what the blocks add
+            readings = tuple(Reading(m, torch.ones(group.size, 1)) for m in moments if m is not None)
         return Evidence(
             weights=rows(self.model, group, role=None).detach(),
-            readings=tuple(
-                _reading(m, r, weight(self.model, r.span.tensor).detach())
-                for m, r in zip(moments, group.readers, strict=False)
-                if m is not None
-            ),
+            readings=readings,
             saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
             generator=generator,
         )
@@ -294,6 +351,9 @@ class Pruner:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
         self.last_change = StructureChange(self.groups, plan)
         self._original_index.update({name: self._original_index[name][keep] for name, keep in plan.items()})
+        # `without` keeps the order of what is left: that of the groups.
+        gone = [path for group in self.groups if group.name in plan for path in group.removed_blocks(plan[group.name])]
+        self._costs, self._gone = self.costs.without(gone), self._gone | set(gone)
         self.groups = renumber(self.groups, plan)
         self._shapes = _shapes(self.model, self.groups)
         self.recorder.keep(self.groups, plan)
@@ -352,7 +412,8 @@ class Pruner:
 
     def _check_reachable(self, costs: Costs) -> None:
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
-        smallest = self.selection.widths(0.0, costs.original, costs.original, everything, costs.packs)
+        blocks = set(costs.blocks.values())
+        smallest = self.selection.widths(0.0, costs.original, costs.original, everything, costs.packs, blocks)
         closest = self.budget.remaining(costs, smallest)
         if closest > self.budget.fraction:
             raise ValueError(
@@ -380,6 +441,7 @@ class Pruner:
             "networks": sorted(self.networks),
             "original_index": dict(self._original_index),
             "original_shapes": dict(self._original_shapes),
+            "gone": sorted(self._gone),
             "costs": self.costs.to_state(),
             "history": self.history.to_state(),
             "recorder": self.recorder.state_dict(),
@@ -394,6 +456,7 @@ class Pruner:
         self.given_up, self.networks = set(state["given_up"]), set(state["networks"])
         self._original_index = {name: index.cpu() for name, index in state["original_index"].items()}
         self._original_shapes = dict(state["original_shapes"])
+        self._gone = set(state["gone"])
         self._shapes = _shapes(self.model, self.groups)
         self._costs = Costs.from_state(state["costs"])
         self.history = History.from_state(state["history"])

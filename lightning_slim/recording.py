@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_slim.eager import eagerly
 from lightning_slim.statistics import Moments, with_lags
 from lightning_slim.surgery.layers.multihead import module_by_module
-from lightning_slim.units import Reader, UnitGroup, gradients, named_tensors, rows
+from lightning_slim.units import Reader, UnitGroup, gradients, parameters_of, rows
 
 # Rows of one batch, for each column: a convolution has a row for every pixel, many more than second moments need.
 ROWS_PER_COLUMN = 4
@@ -46,7 +46,10 @@ class Recorder:
         self.groups = list(groups)
         self.lags, self.memory = lags, memory
         self.wants_moments, self.wants_saliency = moments, saliency
-        self.moments: dict[str, list[Moments | None]] = {g.name: [None] * len(g.readers) for g in groups}
+        # One entry for each reader; of blocks, one for all.
+        self.moments: dict[str, list[Moments | None]] = {
+            g.name: [None] * (1 if g.blocks else len(g.readers)) for g in groups
+        }
         self.saliency: dict[str, Tensor] = {}
         self.saliency_steps: dict[str, float] = {}
 
@@ -70,6 +73,10 @@ class Recorder:
                     layer = self.model.get_submodule(reader.layer)
                     hook = _Watch(self, group.name, slot, reader)
                     handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                together = _WatchBlocks(self, group.name, group.blocks)
+                for path in group.blocks:
+                    block = self.model.get_submodule(path)
+                    handles.append(block.register_forward_hook(together.of(path), with_kwargs=True))
         try:
             with eagerly(), module_by_module(self.model):
                 yield
@@ -94,6 +101,17 @@ class Recorder:
             moments.update(table.flatten(1))
 
     @torch.no_grad()
+    def observe_blocks(self, name: str, updates: Sequence[Tensor]) -> None:
+        """Adds what every block adds to its input: one column a block, a row for every sample, step and channel."""
+        moments = self.moments[name][0]
+        if moments is None:
+            moments = self.moments[name][0] = Moments(len(updates), updates[0].device)
+        enough = max(MIN_ROWS, ROWS_PER_COLUMN * len(updates))
+        stride = -(-updates[0].numel() // enough)
+        with torch.autocast(updates[0].device.type, enabled=False):
+            moments.update(torch.stack([update.flatten()[::stride].float() for update in updates], 1))
+
+    @torch.no_grad()
     def observe_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Adds the squared first-order effect of every unit; call it when gradients are whole and unscaled.
 
@@ -101,9 +119,8 @@ class Recorder:
             parameters: whose gradients are whole now (those of one of several optimizers); all, if None.
         """
         mine = None if parameters is None else {id(p) for p in parameters}
-        tensors = named_tensors(self.model)
         for group in self.groups:
-            if mine is not None and not any(id(tensors[span.tensor]) in mine for span in group.spans):
+            if mine is not None and not any(id(p) in mine for p in parameters_of(self.model, group)):
                 continue
             self.saliency_steps[group.name] = self.memory * self.saliency_steps.get(group.name, 0.0) + 1
             effect = (rows(self.model, group).float() * gradients(self.model, group).float()).sum(1).square()
@@ -122,8 +139,18 @@ class Recorder:
 
     def keep(self, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> None:
         """Follows a cut: evidence of the units that stay is kept, of the others dropped."""
+        left = {group.name: group for group in groups}
+        for group in self.groups:
+            if group.name not in left:
+                del self.moments[group.name]
+                self.saliency.pop(group.name, None)
+                self.saliency_steps.pop(group.name, None)
+            elif not group.blocks:
+                stand = {(reader.layer, reader.span.tensor) for reader in left[group.name].readers}
+                seen = zip(self.moments[group.name], group.readers, strict=True)
+                self.moments[group.name] = [m for m, r in seen if (r.layer, r.span.tensor) in stand]
         self.groups = list(groups)
-        for name, mask in plan.items():
+        for name, mask in ((name, mask) for name, mask in plan.items() if name in left):
             for moments in self.moments[name]:
                 if moments is not None:
                     width = len(moments.total) // len(mask)
@@ -169,6 +196,27 @@ class _Watch:
         inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | PackedSequence))
         inputs = inputs.data if isinstance(inputs, PackedSequence) else inputs
         self.recorder.observe(self.group, self.slot, self.reader, inputs)
+
+
+class _WatchBlocks:
+    """Forward hooks on all blocks of a group: once every one was called, passes on what they added to their inputs."""
+
+    def __init__(self, recorder: Recorder, group: str, blocks: Sequence[str]) -> None:
+        self.recorder, self.group, self.blocks = recorder, group, blocks
+        self.updates: dict[str, Tensor] = {}
+
+    def of(self, path: str) -> Callable[..., None]:
+        """The hook for one block."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            made = result if isinstance(result, Tensor) else result[0]
+            self.updates[path] = made.detach() - given.detach()
+            if len(self.updates) == len(self.blocks):
+                self.recorder.observe_blocks(self.group, [self.updates[path] for path in self.blocks])
+                self.updates.clear()
+
+        return hook
 
 
 def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
-from lightning_slim.units import MIN_UNITS, Plan
+from lightning_slim.units import MIN_UNITS, Plan, most_important_first
 
 Scope = Literal["local", "global"]
 
@@ -44,6 +44,7 @@ class Selection:
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
         packs: Mapping[str, str] | None = None,
+        blocks: Collection[str] = (),
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
 
@@ -54,11 +55,17 @@ class Selection:
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
             packs: group -> pack; the groups of a pack keep the same fraction of their original units, as much as the
                 one that would alone keep most.
+            blocks: groups whose units are whole blocks: these are not rounded, and all of them may go.
         """
         wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        widths = {name: self._allowed(wanted[name], original[name], current[name]) for name in wanted}
+        widths = {
+            name: min(math.ceil(wanted[name] - 1e-9), current[name])
+            if name in blocks
+            else self._allowed(wanted[name], original[name], current[name])
+            for name in wanted
+        }
         for members in _members(packs or {}, widths):
             steps = min(original[name] for name in members)  # in which all of them can shrink alike
             most = max(math.ceil(widths[name] * steps / original[name]) for name in members)
@@ -78,8 +85,10 @@ class Selection:
         Where even the smallest widths leave more, the smallest are returned.
         """
 
+        costs, blocks = costs.ranked(importance), set(costs.blocks.values())
+
         def at(level: float) -> dict[str, int]:
-            return self.widths(level, costs.original, current, importance, costs.packs)
+            return self.widths(level, costs.original, current, importance, costs.packs, blocks)
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.remaining(costs, widths) <= remaining + 1e-12
@@ -99,7 +108,8 @@ class Selection:
         alone = [[name] for name in widths if name not in costs.packs]
         for members in sorted([*alone, *packs], key=lambda m: widths[m[0]] / costs.original[m[0]]):
             least = min(costs.original[name] for name in members)
-            step = {name: self.round_to * costs.original[name] // least for name in members}
+            rounded = 1 if members[0] in costs.blocks.values() else self.round_to
+            step = {name: rounded * costs.original[name] // least for name in members}
             wider = {**widths, **{name: min(widths[name] + step[name], current[name]) for name in members}}
             widths = wider if affordable(wider) else widths
         return widths
@@ -125,7 +135,7 @@ def plan_for(widths: Mapping[str, int], importance: Mapping[str, Float[Tensor, "
     for name, values in importance.items():
         if widths[name] < len(values):
             keep = torch.zeros(len(values), dtype=torch.bool)
-            keep[values.argsort(descending=True, stable=True)[: widths[name]]] = True
+            keep[most_important_first(values)[: widths[name]]] = True
             plan[name] = keep
     return plan
 

@@ -7,7 +7,7 @@ that no later code has to know a layer type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -72,6 +72,8 @@ class UnitGroup:
         name: the layer that makes the units.
         spans: where they live; unit `u` is row `u` of every span's index.
         readers: the layers that read them.
+        blocks: where a unit is a whole residual block: which; there are no spans then.
+        results: of blocks: 0 if they return a tensor, else the number of items of the tuple that they return.
         pack: groups of one pack must keep the same fraction of their units (the layers and directions of an LSTM, say);
             empty: none.
     """
@@ -80,15 +82,23 @@ class UnitGroup:
     spans: tuple[Span, ...]
     readers: tuple[Reader, ...] = ()
     pack: str = ""
+    blocks: tuple[str, ...] = ()
+    results: int = 0
 
     @property
     def size(self) -> int:
         """Number of units."""
-        return int(self.spans[0].index.shape[0])
+        return len(self.blocks) if self.blocks else int(self.spans[0].index.shape[0])
+
+    def removed_blocks(self, keep: Bool[Tensor, "units"]) -> list[str]:
+        """The blocks that a mask does not keep; none if units are no blocks."""
+        return [path for path, stays in zip(self.blocks, keep.tolist(), strict=False) if not stays]
 
     @property
     def layers(self) -> set[str]:
         """Dotted names of the modules that own the group's tensors."""
+        if self.blocks:
+            return set(self.blocks)
         return {layer_of(span.tensor) for span in self.spans}
 
 
@@ -107,6 +117,12 @@ class Plan(dict[str, Tensor]):
     def removed(self) -> int:
         """Number of units that go."""
         return sum(int((~keep).sum()) for keep in self.values())
+
+
+def most_important_first(importance: Float[Tensor, "units"]) -> list[int]:
+    """Numbers of units; of equals, the first comes first."""
+    order: list[int] = importance.argsort(descending=True, stable=True).tolist()
+    return order
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -134,12 +150,33 @@ def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float
         Parameters only (no buffers), concatenated over the spans with that role; under weight norm, the weights that
         the layer computes with.
     """
+    if group.blocks:
+        return _padded([p.detach().flatten() for p in model.get_submodule(path).parameters()] for path in group.blocks)
     return torch.cat([columns(weight(model, s.tensor), s) for s in _spans(model, group, role)], dim=1)
 
 
 def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:
     """The gradients of `rows`, entry for entry; zero where a parameter has none."""
+    if group.blocks:
+        of_blocks = (model.get_submodule(path).parameters() for path in group.blocks)
+        return _padded(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+            for parameters in of_blocks
+        )
     return torch.cat([columns(gradient(model, s.tensor), s) for s in _spans(model, group, role)], dim=1)
+
+
+def parameters_of(model: nn.Module, group: UnitGroup) -> list[nn.Parameter]:
+    """All parameters that a group's units have entries in."""
+    if group.blocks:
+        return [p for path in group.blocks for p in model.get_submodule(path).parameters()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [parameters[span.tensor] for span in group.spans if span.tensor in parameters]
+
+
+def _padded(pieces: Iterable[list[Tensor]]) -> Float[Tensor, "units fan"]:
+    """One unit a row; blocks that were cut unevenly have fewer entries than others."""
+    return torch.nn.utils.rnn.pad_sequence([torch.cat(of_unit) for of_unit in pieces], batch_first=True)
 
 
 def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[Span]:
@@ -153,10 +190,17 @@ def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[Sp
 def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[UnitGroup]:
     """The groups as they stand after `plan` was cut: gone units left out, positions counted anew.
 
+    What lay in a block that is gone goes with it, and so do groups of which nothing is left.
+
     Args:
         groups: all groups of a model (a tensor may be shared by several of them).
         plan: group name -> keep mask.
     """
+    blocks = {path for group in groups if group.name in plan for path in group.removed_blocks(plan[group.name])}
+
+    def stands(name: str) -> bool:
+        return not any(name.startswith(f"{path}.") for path in blocks)
+
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for group in groups:
         for span in group.spans:
@@ -173,11 +217,12 @@ def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]])
 
     def update(group: UnitGroup) -> UnitGroup:
         keep = plan.get(group.name)
-        spans = tuple(shift(span, keep) for span in group.spans)
-        readers = tuple(replace(r, span=shift(r.span, keep)) for r in group.readers)
-        return UnitGroup(group.name, spans, readers, group.pack)
+        spans = tuple(shift(span, keep) for span in group.spans if stands(span.tensor))
+        readers = tuple(replace(r, span=shift(r.span, keep)) for r in group.readers if stands(r.span.tensor))
+        left = tuple(path for path in group.blocks if path not in blocks)
+        return replace(group, spans=spans, readers=readers, blocks=left)
 
-    return [update(group) for group in groups]
+    return [group for group in map(update, groups) if group.spans or group.blocks]
 
 
 def to_state(group: UnitGroup) -> dict[str, Any]:
@@ -185,6 +230,8 @@ def to_state(group: UnitGroup) -> dict[str, Any]:
     return {
         "name": group.name,
         "pack": group.pack,
+        "blocks": list(group.blocks),
+        "results": group.results,
         "spans": [vars(span).copy() for span in group.spans],
         "readers": [{**vars(reader), "span": vars(reader.span).copy()} for reader in group.readers],
     }
@@ -194,4 +241,4 @@ def from_state(state: Mapping[str, Any]) -> UnitGroup:
     """The inverse of `to_state`."""
     spans = tuple(Span(**span) for span in state["spans"])
     readers = tuple(Reader(**{**reader, "span": Span(**reader["span"])}) for reader in state["readers"])
-    return UnitGroup(state["name"], spans, readers, state["pack"])
+    return UnitGroup(state["name"], spans, readers, state["pack"], tuple(state["blocks"]), state["results"])

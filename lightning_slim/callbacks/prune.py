@@ -21,13 +21,13 @@ from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import cut_tensors, remember_cut
 from lightning_slim.folding import Compensate
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.pruner import NoEffectWarning, Pruner
+from lightning_slim.pruner import Granularity, NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
-from lightning_slim.surgery import Example, recalibrating, resize_to
+from lightning_slim.surgery import Example, dropped, grow_back, recalibrating, resize_to
 from lightning_slim.weight_norm import settle
 
 
@@ -54,6 +54,7 @@ class Prune(SlimCallback):
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each cut: what was best before was
             best of a larger model. Files of the old best stay on disk.
         seed: of scores that draw.
+        granularity: what goes: `"units"` of layers, whole residual blocks (`"layers"`), or both under one budget.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
     """
 
@@ -73,6 +74,7 @@ class Prune(SlimCallback):
         record_every_n_steps: int = 10,
         reset_monitors: bool = True,
         seed: int = 0,
+        granularity: Granularity = "units",
         print_report: bool = True,
     ) -> None:
         if recovery_epochs <= 0:
@@ -82,7 +84,7 @@ class Prune(SlimCallback):
         self.score, self.budget, self.schedule = score, budget, schedule
         self.selection = Selection(scope, round_to)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
-        self.module, self.reset_monitors = module, reset_monitors
+        self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
         self.recovery_epochs = recovery_epochs
         self.record_every_n_steps = record_every_n_steps
@@ -129,6 +131,7 @@ class Prune(SlimCallback):
                 compensate=self.compensate,
                 verify=self.verify,
                 seed=self.seed,
+                granularity=self.granularity,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,6 +236,8 @@ class Prune(SlimCallback):
         slim = self.pruner.model
         settle(slim)  # a weight with a graph behind it cannot be copied
         dense = copy.deepcopy(slim)
+        for path in dropped(dense):
+            grow_back(dense, path)
         resize_to(dense, self.pruner.original_shapes)
         return report(
             dense,

@@ -1,7 +1,8 @@
 """Carries out a plan; knows no score."""
 
 from lightning_slim.surgery.batch_norm import recalibrate_batch_norm, recalibrating
-from lightning_slim.surgery.cut import Cut, StructureChange, remove_units, resize_to, restore
+from lightning_slim.surgery.blocks import drop, dropped, find_blocks, grow_back
+from lightning_slim.surgery.cut import Cut, StructureChange, forget_blocks, remove_units, resize_to, restore
 from lightning_slim.surgery.groups import Survey, find_groups, survey
 from lightning_slim.surgery.optimizer import migrate
 from lightning_slim.surgery.tracing import Example
@@ -12,8 +13,13 @@ __all__ = [
     "Example",
     "StructureChange",
     "Survey",
+    "drop",
+    "dropped",
+    "find_blocks",
     "find_groups",
     "find_work",
+    "forget_blocks",
+    "grow_back",
     "migrate",
     "recalibrate_batch_norm",
     "recalibrating",

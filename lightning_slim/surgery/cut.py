@@ -11,8 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_slim.surgery.blocks import Dropped, drop, put_back
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors, renumber
 from lightning_slim.weight_norm import weight_norm_of, weight_norms
 
 
@@ -23,13 +24,14 @@ class Cut:
     Attributes:
         tensor: dotted name, as in `state_dict`.
         old: the tensor before; no longer part of the model.
-        new: the tensor after; it has the same `requires_grad`, Python attributes and hooks, and the kept gradient.
+        new: the tensor after; it has the same `requires_grad`, Python attributes and hooks, and the kept gradient. None
+            if it is gone, with the block that it was in.
         keep: axis -> positions that stay, ascending; none if only values changed.
     """
 
     tensor: str
     old: Tensor
-    new: Tensor
+    new: Tensor | None
     keep: Mapping[int, Int[Tensor, "kept"]]
 
     def take(self, tensor: Tensor, axes: Iterable[int] | None = None) -> Tensor:
@@ -56,7 +58,9 @@ class StructureChange:
 
     def apply(self, model: nn.Module) -> list[Cut]:
         """Cuts a copy of the model in the same way."""
-        return remove_units(model, self.groups, self.plan)
+        cuts = remove_units(model, self.groups, self.plan)
+        forget_blocks(model)
+        return cuts
 
 
 @torch.no_grad()
@@ -73,20 +77,48 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
         plan: group name -> keep mask, one entry a unit; groups that are not named stay whole.
 
     Returns:
-        One cut for each tensor that changed, for `migrate`.
+        One cut for each tensor that changed, for `migrate`. Blocks that were taken out can be put back by `restore`
+        until `forget_blocks` lets go of their parameters.
 
     Raises:
         ValueError: a group is not known, or its mask has the wrong length, or keeps less than two.
     """
-    keep = _positions_kept(model, {group.name: group for group in groups}, plan)
+    by_name = {group.name: group for group in groups}
+    for name, mask in plan.items():
+        _check(name, mask, by_name)
+    blocks = {name: mask for name, mask in plan.items() if by_name[name].blocks}
+    standing = {group.name: group for group in renumber(list(by_name.values()), blocks)}
+    keep = _positions_kept(model, standing, {n: m for n, m in plan.items() if n in standing and n not in blocks})
     cuts = _with_lengths(model, [_prepare(name, tensor, axes) for name, tensor, axes in keep])
-    _replace(model, {id(cut.old): cut.new for cut in cuts})
+    for name, mask in blocks.items():
+        for path in by_name[name].removed_blocks(mask):
+            cuts += _drop(model, path, by_name[name].results)
+    _replace(model, {id(cut.old): cut.new for cut in cuts if cut.new is not None})
     return cuts
 
 
 def restore(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Puts the old tensors back: the inverse of `remove_units`."""
-    _replace(model, {id(cut.new): cut.old for cut in cuts})
+    gone = {id(cut.old) for cut in cuts if cut.new is None}
+    for path, module in [*model.named_modules()]:
+        if isinstance(module, Dropped) and any(id(p) in gone for p in module.block.parameters()):
+            put_back(model, path)
+    _replace(model, {id(cut.new): cut.old for cut in cuts if cut.new is not None})
+
+
+def forget_blocks(model: nn.Module) -> None:
+    """Lets go of the parameters of blocks that were taken out: from now on `restore` cannot put these back."""
+    for module in model.modules():
+        if isinstance(module, Dropped):
+            module.forget()
+
+
+def _drop(model: nn.Module, path: str, results: int) -> list[Cut]:
+    """Takes a block out; one cut for each of its parameters that are nowhere else."""
+    block = dict(model.get_submodule(path).named_parameters())
+    drop(model, path, results)
+    left = {id(p) for p in model.parameters()}
+    return [Cut(f"{path}.{name}", p, None, {}) for name, p in block.items() if id(p) not in left]
 
 
 @torch.no_grad()
@@ -114,7 +146,6 @@ def _positions_kept(
     gone: defaultdict[int, defaultdict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     first_name: dict[int, str] = {}
     for name, mask in plan.items():
-        _check(name, mask, groups)
         for span in groups[name].spans:
             if not bool(mask.all()):
                 tensor = tensors[span.tensor]
@@ -136,7 +167,7 @@ def _check(name: str, mask: Tensor, groups: Mapping[str, UnitGroup]) -> None:
         raise ValueError(
             f"Expected a boolean mask of {size} entries for {name!r}, got {mask.dtype} of shape {tuple(mask.shape)}."
         )
-    if int(mask.sum()) < MIN_UNITS:
+    if int(mask.sum()) < MIN_UNITS and not groups[name].blocks:
         raise ValueError(
             f"Expected at least {MIN_UNITS} units of {name!r} to stay, got {int(mask.sum())}: keep more, or leave it "
             "out of the plan."
@@ -154,7 +185,7 @@ def _with_lengths(model: nn.Module, cuts: list[Cut]) -> list[Cut]:
     by_tensor = {id(cut.old): cut for cut in cuts}
     for layer, norm in weight_norms(model).items():
         direction = by_tensor.get(id(norm.v))
-        if direction is None or direction.keep.keys() <= {norm.dim}:
+        if direction is None or direction.new is None or direction.keep.keys() <= {norm.dim}:
             continue
         name = f"{layer}.{norm.length}" if layer else norm.length
         keep = {axis: at for axis, at in direction.keep.items() if axis == norm.dim}

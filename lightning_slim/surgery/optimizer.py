@@ -17,7 +17,7 @@ def migrate(
     cuts: Sequence[Cut],
     unknown: Literal["raise", "reset"] = "raise",
 ) -> None:
-    """Puts the cut parameters in the place of the old ones, with their state cut alike.
+    """Puts the cut parameters in the place of the old ones, with their state cut alike; what is gone is taken out.
 
     No optimizer is told apart by name: a state tensor of its parameter's shape is cut as the parameter is; one whose
     axes are either full or 1 (Adafactor's factored moments) is cut along its full axes; scalars stay. `param_groups`
@@ -49,7 +49,7 @@ def _new_states(optimizer: Optimizer, follow: dict[int, Cut], unknown: str) -> d
     return {
         id(p): _cut_state(optimizer, state, follow[id(p)], unknown)
         for p, state in optimizer.state.items()
-        if id(p) in follow
+        if id(p) in follow and follow[id(p)].new is not None
     }
 
 
@@ -84,13 +84,15 @@ def _commit(optimizer: Optimizer, follow: dict[int, Cut], states: dict[int, dict
     touched = False
     for group in optimizer.param_groups:
         touched = touched or any(id(p) in follow for p in group["params"])
-        group["params"][:] = [follow[id(p)].new if id(p) in follow else p for p in group["params"]]
+        moved = (follow[id(p)].new if id(p) in follow else p for p in group["params"])
+        group["params"][:] = [p for p in moved if p is not None]
     if touched and isinstance(optimizer, LBFGS):
         warnings.warn("LBFGS keeps its history as flat vectors, which cannot be cut: it starts anew.", stacklevel=4)
         optimizer.state.clear()
         optimizer._numel_cache = None
         return
-    for old in [p for p in optimizer.state if id(p) in states]:
+    for old in [p for p in optimizer.state if id(p) in follow]:
         del optimizer.state[old]
-        if states[id(old)]:
-            optimizer.state[follow[id(old)].new] = states[id(old)]
+        new = follow[id(old)].new
+        if new is not None and states[id(old)]:
+            optimizer.state[new] = states[id(old)]

@@ -12,10 +12,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_slim.surgery.blocks import without
 from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.tracing import Example, untouched
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, renumber
 from lightning_slim.weight_norm import editing, settle, stored
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
@@ -52,6 +53,30 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
 
     with _loud(model):
         return unfit(list(packs.values()))
+
+
+def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
+    """Tries every block alone: without it the network must run, and its outputs keep their shapes.
+
+    Returns:
+        Block -> why it cannot be taken out, for those that cannot.
+    """
+    reasons = {}
+    with untouched(model):
+        shapes = [output.shape for output in _outputs(model, calls)]
+        for group in groups:
+            for i, path in enumerate(group.blocks):
+                with without(model, [group], {group.name: torch.arange(group.size) != i}):
+                    try:
+                        outputs = _outputs(model, calls)
+                    except Exception as error:  # whatever a user's forward raises without a block
+                        reasons[path] = _failure(error).replace("them", "it")
+                        continue
+                if [output.shape for output in outputs] != shapes:
+                    reasons[path] = "the shape of an output changes without it"
+                elif not all(bool(output.isfinite().all()) for output in outputs):
+                    reasons[path] = "an output is not finite without it"
+    return reasons
 
 
 def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, str], calls: Calls) -> dict[str, str]:
@@ -110,6 +135,32 @@ def compare(
         What is wrong; empty if nothing is.
     """
     modes = {module: module.training for module in model.modules()}
+    blocks = {group.name: plan[group.name] for group in groups if group.blocks and group.name in plan}
+    standing = renumber(list(groups), blocks)
+    left = {group.name for group in standing}
+    with untouched(model), without(model, groups, blocks):
+        if blocks:
+            try:
+                _outputs(model, calls)
+            except Exception as error:  # whatever a user's forward raises without some blocks
+                return _failure(error)
+        return _compare_units(
+            model, standing, {n: m for n, m in plan.items() if n in left - blocks.keys()}, calls, modes
+        )
+
+
+def _failure(error: Exception) -> str:
+    message = (str(error).splitlines() or [""])[0][:100]
+    return f"the network fails without them ({type(error).__name__}: {message})"
+
+
+def _compare_units(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    plan: Mapping[str, Bool[Tensor, "units"]],
+    calls: Calls,
+    modes: Mapping[nn.Module, bool],
+) -> str:
     with untouched(model):
         with _unmixed(model), _unread(model, groups, plan):
             before = _outputs(model, calls)
@@ -122,8 +173,7 @@ def compare(
                 _set_modes(modes)
                 _outputs(model, calls)
         except Exception as error:  # whatever a user's forward raises on other widths
-            message = (str(error).splitlines() or [""])[0][:100]
-            return f"the network fails without them ({type(error).__name__}: {message})"
+            return _failure(error)
         finally:
             restore(model, cuts)
     return _difference(before, after)

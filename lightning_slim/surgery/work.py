@@ -53,12 +53,12 @@ def _of_network(network: nn.Module, call: Example, root: str) -> Iterator[Work]:
         mixing = kind.mixing(layer) if kind is not None else None
         matrices = _matrices(layer, path)
         if mixing is None:
-            yield Work(count // call.samples, matrices)
+            yield Work(count // call.samples, matrices, layer=path[:-1])
             continue
-        yield Work((count - projected[name]) // call.samples, (path + mixing[0],), mixing[1])
+        yield Work((count - projected[name]) // call.samples, (path + mixing[0],), mixing[1], path[:-1])
         if projected[name]:
             inside = [_matrices(child, f"{path}{n}.") for n, child in layer.named_children()]
-            yield Work(projected[name] // call.samples, (*matrices, *itertools.chain(*inside)))
+            yield Work(projected[name] // call.samples, (*matrices, *itertools.chain(*inside)), layer=path[:-1])
 
 
 def _matrices(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
