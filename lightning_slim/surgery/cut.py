@@ -79,14 +79,12 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
     keep = _positions_kept(model, {group.name: group for group in groups}, plan)
     cuts = [_prepare(name, tensor, axes) for name, tensor, axes in keep]
     _replace(model, {id(cut.old): cut.new for cut in cuts})
-    refresh(model, (cut.tensor for cut in cuts))
     return cuts
 
 
 def restore(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Puts the old tensors back: the inverse of `remove_units`."""
     _replace(model, {id(cut.new): cut.old for cut in cuts})
-    refresh(model, (cut.tensor for cut in cuts))
 
 
 @torch.no_grad()
@@ -104,16 +102,13 @@ def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
         n: t for n, t in tensors.items() if n in shapes and not is_lazy(t) and tuple(t.shape) != tuple(shapes[n])
     }
     _replace(model, {id(t): _like(t, t.new_zeros(tuple(shapes[n]))) for n, t in changed.items()})
-    refresh(model, changed)
 
 
-def refresh(model: nn.Module, tensors: Iterable[str]) -> None:
-    """Makes the attributes of the layers that own some tensors follow the tensors' shapes."""
-    for layer in {name.rpartition(".")[0]: None for name in tensors}:
-        module = model.get_submodule(layer)
-        kind = layer_kind(module)
-        if kind is not None:
-            kind.refresh(module)
+def refresh(layer: nn.Module) -> None:
+    """Makes the attributes of a layer follow the shapes of its tensors."""
+    kind = layer_kind(layer)
+    if kind is not None:
+        kind.refresh(layer)
 
 
 def _positions_kept(
@@ -181,9 +176,13 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
 
 
 def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Puts new tensors in the place of old ones, wherever these are held."""
+    """Puts new tensors in the place of old ones, wherever these are held; the layers' attributes follow."""
     for module in model.modules():
+        changed = False
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if id(tensor) in new:
                     held[name] = new[id(tensor)]  # type: ignore[assignment]
+                    changed = True
+        if changed:
+            refresh(module)
