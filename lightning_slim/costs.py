@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,7 @@ class Costs:
         layer_macs: layer -> multiply-accumulates of one forward pass of the example, its children's left out.
         shapes: tensor -> shape, of all parameters that a group touches, and of the matrices beside them.
         axes: tensor -> axis -> who owns how much of it.
+        matrices: layer -> its matrices; a tied one stands under its first name everywhere.
         packs: group -> pack, of those that must keep as many units as others.
     """
 
@@ -46,6 +48,7 @@ class Costs:
     layer_macs: dict[str, int]
     shapes: dict[str, list[int]]
     axes: dict[str, dict[int, _Axis]]
+    matrices: dict[str, list[str]]
     packs: dict[str, str]
 
     @classmethod
@@ -68,13 +71,17 @@ class Costs:
             }
             for name, by_axis in owned.items()
         }
-        layers = {name.rpartition(".")[0] for name in axes}
-        beside = {
-            first_name[id(p)] for n, p in model.named_parameters() if n.rpartition(".")[0] in layers and p.ndim > 1
-        }
-        shapes = {name: list(tensors[name].shape) for name in tensors if name in axes or name in beside}
+        layers = {name.rpartition(".")[0] for name, tensor in tensors.items() if first_name[id(tensor)] in axes}
+        matrices: defaultdict[str, list[str]] = defaultdict(list)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            layer = name.rpartition(".")[0]
+            if layer in layers and p.ndim > 1:
+                matrices[layer].append(first_name[id(p)])
+        measured = {*axes, *chain(*matrices.values())}
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if name in measured}
         packs = {group.name: group.pack for group in groups if group.pack}
-        return cls(original, sum(p.numel() for p in model.parameters()), dict(layer_macs), shapes, axes, packs)
+        parameters = sum(p.numel() for p in model.parameters())
+        return cls(original, parameters, dict(layer_macs), shapes, axes, dict(matrices), packs)
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""
@@ -103,7 +110,7 @@ class Costs:
 
     def _share(self, layer: str, widths: Widths) -> float:
         """What stays of a layer's matrices."""
-        mine = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == layer and len(shape) > 1]
+        mine = self.matrices.get(layer, [])
         full = sum(map(self._full, mine))
         return sum(self._left(name, widths) for name in mine) / full if full else 1.0
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_slim import find_groups, migrate, remove_units
+from lightning_slim import Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
+from lightning_slim.profile import count_macs
 from lightning_slim.surgery import Example, resize_to
 from lightning_slim.surgery.verify import vet
 from lightning_slim.units import UnitGroup
@@ -94,3 +95,14 @@ def test_all_attributes_follow_and_a_fresh_network_takes_the_state(name: str) ->
     resize_to(network, shapes)
     assert repr(network) == repr(dense)
     assert network.get_parameter(NETWORKS[name][2][0]) is network.get_parameter(NETWORKS[name][2][1])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_costs_of_tied_layers_are_counted(name: str) -> None:
+    network, x, _ = build(name)
+    pruner = Pruner(network, Magnitude(), Units(0.6), OneShot(0.5), compensate="none")
+    pruner.prepare(x)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.params == sum(p.numel() for p in network.parameters())
+    assert event.macs == pytest.approx(sum(count_macs(network, (x[:2],)).values()) / 2, rel=0.01)
