@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.surgery.graph import Channel, Component, Coupling, find_coupling
-from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.layers import Place, layer_kind
+from lightning_slim.surgery.ties import half_tied, join_tied
 from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
-from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup
 
 Site = tuple[str, int, Role]  # tensor, axis, role
 
@@ -109,7 +110,7 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         result.left_whole[prefix.rstrip(".") or type(model).__name__] = str(error)
         return result
     units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
-    for component in coupling.components:
+    for component in join_tied(model, coupling.components):
         name, reason = _why_not(model, component)
         if reason:
             result.left_whole.setdefault(prefix + name, reason)
@@ -119,8 +120,8 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
     order = {name: i for i, name in enumerate(dict(model.named_modules()))}
     for name, form in sorted(units, key=lambda key: order[key[0]]):
         _gather(model, name, units[name, form], prefix, result)
-    for name, module in model.named_modules():
-        _add_inner(name, module, prefix, result)
+    for name in order:
+        _add_inner(model, name, prefix, result)
     return result
 
 
@@ -132,12 +133,22 @@ def survey_networks(model: nn.Module, calls: Mapping[str, Example]) -> Survey:
         prefix = f"{root}." if root else ""
         found = survey(model.get_submodule(root), call, prefix)
         result.left_whole.update(found.left_whole)
+        reasons = {group.name: _not_here(model, group, nested) for group in found.groups}
+        packs = {group.pack: reasons[group.name] for group in found.groups if group.pack and reasons[group.name]}
         for group in found.groups:
-            if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
-                result.left_whole[group.name] = "it lies in a network that is also called on its own"
+            reason = reasons[group.name] or packs.get(group.pack, "")
+            if reason:
+                result.left_whole[group.name] = reason
             else:
                 result.groups.append(group)
     return result
+
+
+def _not_here(model: nn.Module, group: UnitGroup, nested: Sequence[str]) -> str:
+    """Why a group of one network of a model cannot be cut; empty if it can."""
+    if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
+        return "it lies in a network that is also called on its own"
+    return half_tied(model, group.spans)
 
 
 def _why_not(model: nn.Module, component: Component) -> tuple[str, str]:
@@ -242,12 +253,12 @@ def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, resu
     """Makes one group of units of one form, or says why not."""
     members = sorted(members, key=lambda unit: unit.order)
     index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
-    reason = _half_tied(model, index)
+    spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
+    reason = half_tied(model, spans.values(), prefix)
     if reason or len(members) <= MIN_UNITS:
         few = f"it has {len(members)} units, and {MIN_UNITS} must stay"
         result.left_whole.setdefault(prefix + name, reason or few)
         return
-    spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
     readers = tuple(
         replace(
             reader,
@@ -262,49 +273,44 @@ def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, resu
     result.groups.append(UnitGroup(unique, tuple(spans.values()), readers))
 
 
-def _add_inner(name: str, module: nn.Module, prefix: str, result: Survey) -> None:
+def _add_inner(model: nn.Module, name: str, prefix: str, result: Survey) -> None:
     """Adds the groups that are not seen from outside a layer, and packs what must keep the same number of units."""
+    module = model.get_submodule(name)
     kind = layer_kind(module)
     units = kind.pack(module) if kind is not None else 0
     if kind is None or not units:
         return
     layer = prefix + name
-    mine = [group for group in result.groups if group.name.split("#")[0] == layer]
-    result.groups = [group for group in result.groups if group not in mine]
-    owned = sum(group.size * _parts(group, layer) for group in mine)
-    for inner, places in kind.inner(module):
-        sites: dict[Site, list[Tensor]] = {}
-        for place in places:
-            site = (f"{layer}.{place.tensor}", place.axis, place.role or "out")
-            sites.setdefault(site, []).append(place.index)
-        spans = tuple(Span(t, axis, torch.stack(at, 1), role) for (t, axis, role), at in sites.items())
-        mine.append(UnitGroup(f"{layer}.{inner}", spans))
-        owned += mine[-1].size
-    if owned == units and len({group.size for group in mine}) == 1:
-        result.groups += [replace(group, pack=layer) for group in mine]
-    else:
+    inner = [_inner_group(layer, part, places) for part, places in kind.inner(module)]
+    mine = [group for group in result.groups if _parts(group, layer)]
+    packs = {group.pack for group in mine if group.pack}  # of other layers that make the same units
+    seen = [group for group in result.groups if group in mine or group.pack in packs]
+    together = [*seen, *inner]
+    result.groups = [group for group in result.groups if group not in seen]
+    owned = sum(group.size * _parts(group, layer) for group in mine) + sum(group.size for group in inner)
+    reason = next(filter(None, (half_tied(model, group.spans, prefix) for group in inner)), "")
+    if owned != units or len({group.size for group in together}) != 1:
         reason = "its layers and directions must keep as many units each, and not all of them can be cut"
-        result.left_whole.setdefault(layer, reason)
+    if reason:
+        for left in (layer, *(group.name for group in seen)):
+            result.left_whole.setdefault(left, reason)
+    else:
+        result.groups += [replace(group, pack=min(packs, default=layer)) for group in together]
+
+
+def _inner_group(layer: str, part: str, places: Sequence[Place]) -> UnitGroup:
+    sites: dict[Site, list[Tensor]] = {}
+    for place in places:
+        site = (f"{layer}.{place.tensor}", place.axis, place.role or "out")
+        sites.setdefault(site, []).append(place.index)
+    spans = tuple(Span(t, axis, torch.stack(at, 1), role) for (t, axis, role), at in sites.items())
+    return UnitGroup(f"{layer}.{part}", spans)
 
 
 def _parts(group: UnitGroup, layer: str) -> int:
     """How many directions of a recurrent layer the units of a group span: two where a sum, say, couples them."""
     recurrent = f"{layer}.weight_hh"
     return len({span.tensor for span in group.spans if span.axis == 1 and span.tensor.startswith(recurrent)})
-
-
-def _half_tied(model: nn.Module, index: Mapping[Site, Tensor]) -> str:
-    """Why a tied tensor forbids the cut: it would be cut under one of its names and not under another."""
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for tensor_name, tensor in named_tensors(model).items():
-        names[id(tensor)].append(tensor_name)
-    modules = dict(model.named_modules())  # a shared module is listed once: its tensors are not tied
-    for shared in names.values():
-        shared = [n for n in shared if n.rpartition(".")[0] in modules]
-        cuts = [{(site[1], tuple(at.flatten().tolist())) for site, at in index.items() if site[0] == n} for n in shared]
-        if any(cut != cuts[0] for cut in cuts):
-            return f"it is tied: {' and '.join(shared)} are one tensor, and only one of them would be cut"
-    return ""
 
 
 def _join(module: str, leaf: str) -> str:

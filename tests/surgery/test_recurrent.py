@@ -197,6 +197,35 @@ def test_a_global_budget_keeps_packs_together() -> None:
     assert event.reached <= 0.6
 
 
+class Residual(nn.Module):
+    """Two recurrent layers, of which the second adds to the first."""
+
+    def __init__(self, layers: int, hidden: int = 10) -> None:
+        super().__init__()
+        self.a, self.b = nn.GRU(4, 10, num_layers=2), nn.LSTM(10, hidden, num_layers=layers)
+        self.o = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)[0]
+        return self.o(h + self.b(h)[0][..., :10])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_that_make_the_same_units_are_of_one_pack(layers: int) -> None:
+    network, x = Residual(layers), torch.randn(5, 3, 4)
+    found = survey(network, x)
+    assert {group.name: group.pack for group in found.groups} == dict.fromkeys(["a", "a.l0", "b.l0"][: layers + 1], "a")
+    assert set(found.left_whole) == {"o"}
+    assert vet(network, found.groups, {"": Example((x,))}) == {}
+
+
+def test_layers_that_make_the_same_units_stay_whole_together() -> None:
+    found = survey(Residual(2, hidden=14), torch.randn(5, 3, 4))  # four units of b's are nobody else's
+    assert found.groups == []
+    assert "must keep as many units" in found.left_whole["a"]
+    assert "must keep as many units" in found.left_whole["b"]
+
+
 def test_granger_prunes_a_single_recurrent_layer() -> None:
     network, x = Net("GRU", bidirectional=True), sequences()
     pruner = Pruner(network, Granger(), Units(0.5), OneShot(0.5))

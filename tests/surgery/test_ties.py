@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,27 @@ from torch import Tensor, nn
 from lightning_slim import Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
 from lightning_slim.profile import count_macs
 from lightning_slim.surgery import Example, resize_to
-from lightning_slim.surgery.verify import vet
+from lightning_slim.surgery.groups import survey_networks
+from lightning_slim.surgery.verify import _unmixed, vet
 from lightning_slim.units import UnitGroup
+from tests.networks import same
+from tests.surgery.test_cut import Net, zeroed
 from tests.surgery.test_recurrent import different
+
+
+class Recurrent(nn.Module):
+    """Embedding, recurrent layers, a decoder tied to the embedding."""
+
+    def __init__(self, kind: str = "LSTM", bias: bool = True, **kwargs: Any) -> None:
+        super().__init__()
+        width = kwargs.get("proj_size") or 10
+        width *= 2 if kwargs.get("bidirectional") else 1
+        self.e, self.r = nn.Embedding(17, width), getattr(nn, kind)(width, 10, batch_first=True, **kwargs)
+        self.d = nn.Linear(width, 17, bias=bias)
+        self.d.weight = self.e.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.r(self.e(x))[0])
 
 
 class Transformer(nn.Module):
@@ -36,13 +55,49 @@ class Transformer(nn.Module):
         return self.h(self.n3(h + self.down(F.gelu(self.up(self.n2(h))))))
 
 
+def perceptron() -> Net:
+    """Embedding, linear, tanh, decoder tied to the embedding."""
+    network = Net(
+        lambda s, x: s.d(torch.tanh(s.l(s.e(x)))), e=nn.Embedding(17, 10), l=nn.Linear(10, 10), d=nn.Linear(10, 17)
+    )
+    network.d.weight = network.e.weight
+    return network
+
+
+def recursive(biases_too: bool) -> Net:
+    """Two hidden layers with one weight."""
+    network = Net(
+        lambda s, x: s.o(torch.tanh(s.b(torch.tanh(s.a(torch.tanh(s.i(x))))))),
+        i=nn.Linear(4, 10),
+        a=nn.Linear(10, 10),
+        b=nn.Linear(10, 10),
+        o=nn.Linear(10, 3),
+    )
+    network.b.weight = network.a.weight
+    network.b.bias = network.a.bias if biases_too else network.b.bias
+    return network
+
+
 def tokens() -> Tensor:
     return torch.randint(0, 17, (3, 6))
 
 
 # A network, its input, the tied tensors, and the groups that pass the trial.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], tuple[str, str], set[str]]] = {
+    "LSTM": (Recurrent, tokens, ("e.weight", "d.weight"), {"e"}),
+    "LSTM, no bias": (lambda: Recurrent(bias=False), tokens, ("e.weight", "d.weight"), {"e"}),
+    "LSTM, two layers": (lambda: Recurrent(num_layers=2), tokens, ("e.weight", "d.weight"), {"e", "r.l0"}),
+    "GRU, both directions": (
+        lambda: Recurrent("GRU", bidirectional=True),
+        tokens,
+        ("e.weight", "d.weight"),
+        {"e", "e#2"},
+    ),
+    "LSTM, projections": (lambda: Recurrent(proj_size=6), tokens, ("e.weight", "d.weight"), {"e"}),
+    "MLP": (perceptron, tokens, ("e.weight", "d.weight"), {"e"}),
     "transformer": (Transformer, tokens, ("e.weight", "h.weight"), {"e", "up"}),
+    "recursive": (lambda: recursive(False), lambda: torch.randn(5, 4), ("a.weight", "b.weight"), {"i"}),
+    "recursive, biases too": (lambda: recursive(True), lambda: torch.randn(5, 4), ("a.bias", "b.bias"), {"i"}),
 }
 
 
@@ -54,6 +109,26 @@ def build(name: str) -> tuple[nn.Module, Tensor, list[UnitGroup]]:
     groups = [group for group in found if group.name not in unfit]
     assert {group.name for group in groups} == names
     return network, x, groups
+
+
+def untied(network: nn.Module) -> nn.Module:
+    """A copy in which every name has a tensor of its own."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    return copied
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_cut_network_equals_the_one_in_which_nothing_reads_the_units(name: str) -> None:
+    """Of a tied tensor, only what reads is zeroed: the embedding makes its units as before."""
+    network, x, groups = build(name)
+    plan = different(groups)
+    reference = zeroed(untied(network), groups, plan)
+    remove_units(network, groups, plan)
+    with _unmixed(network), _unmixed(reference):
+        torch.testing.assert_close(network(x), reference(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -106,3 +181,86 @@ def test_the_costs_of_tied_layers_are_counted(name: str) -> None:
     assert event is not None
     assert event.params == sum(p.numel() for p in network.parameters())
     assert event.macs == pytest.approx(sum(count_macs(network, (x[:2],)).values()) / 2, rel=0.01)
+
+
+def test_a_unit_owns_a_column_of_the_embedding_and_all_of_a_hidden_unit_by_hand() -> None:
+    (group,) = find_groups(Recurrent(), tokens())
+    places = {(span.tensor, span.axis): (span.index[3].tolist(), span.role) for span in group.spans}
+    assert places == {
+        ("e.weight", 1): ([3], "out"),
+        ("r.weight_ih_l0", 1): ([3], "in"),
+        ("r.weight_ih_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.weight_hh_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.bias_ih_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.bias_hh_l0", 0): ([3, 13, 23, 33], "out"),
+        ("r.weight_hh_l0", 1): ([3], "in"),
+        ("d.weight", 1): ([3], "in"),
+    }
+    assert [reader.layer for reader in group.readers] == ["d", "r"]
+
+
+class Functional(nn.Module):
+    """A weight that is used transposed, without a layer of its own, by one more layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.bias = nn.Linear(6, 4), nn.Linear(6, 2), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(F.linear(torch.tanh(self.a(x)), self.a.weight.t(), self.bias)))
+
+
+def left_whole() -> dict[str, tuple[nn.Module, Tensor, str]]:
+    """Networks of which nothing can be cut, and why."""
+    to_the_input = Net(lambda s, x: s.o(s.b(F.relu(s.a(x)))), a=nn.Linear(6, 6), b=nn.Linear(6, 6), o=nn.Linear(6, 2))
+    to_the_input.b.weight = to_the_input.a.weight
+    to_the_output = Net(lambda s, x: s.b(F.relu(s.a(x))), a=nn.Linear(6, 6), b=nn.Linear(6, 6))
+    to_the_output.b.weight = to_the_output.a.weight
+    functional = Net(lambda s, x: F.linear(s.l(s.e(x)), s.e.weight), e=nn.Embedding(17, 8), l=nn.Linear(8, 8))
+    beside = Net(lambda s, x: s.d(s.e(x)), e=nn.Embedding(17, 8), d=nn.Linear(8, 17), other=nn.Module())
+    beside.d.weight = beside.other.weight = beside.e.weight
+    levels = Net(lambda s, x: s.o(s.r(x)[0]), r=nn.LSTM(6, 6, num_layers=2), o=nn.Linear(6, 2))
+    levels.r.weight_hh_l1 = levels.r.weight_hh_l0
+    some_units = Net(
+        lambda s, x: s.d((y := s.r(s.e(x))[0])[..., :6]) + s.o(y),
+        e=nn.Embedding(17, 6),
+        r=nn.LSTM(6, 10, num_layers=2, batch_first=True),
+        d=nn.Linear(6, 17),
+        o=nn.Linear(10, 17),
+    )
+    some_units.d.weight = some_units.e.weight
+    return {
+        "the weight that reads the input": (to_the_input, torch.randn(3, 6), "only one of them would be cut"),
+        "the weight that makes the output": (to_the_output, torch.randn(3, 6), "it is tied, and it reaches"),
+        "a transposed weight": (Functional(), torch.randn(3, 6), "the network fails without"),
+        "a functional decoder": (functional, tokens(), "reaches an input or an output|the network fails without"),
+        "a layer that is not called": (beside, tokens(), "only one of them would be cut"),
+        "two levels of an LSTM": (levels, torch.randn(5, 3, 6), "only one of them would be cut"),
+        "some of a layer's units": (some_units, tokens(), "must keep as many units each"),
+    }
+
+
+@pytest.mark.parametrize("name", left_whole())
+def test_what_cannot_be_cut_with_its_tie_is_left_whole_with_the_reason(name: str) -> None:
+    network, x, reason = left_whole()[name]
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=f"Nothing can be removed.*{reason}"):
+        Pruner(network, Magnitude(), Units(0.5)).prepare(x)
+    assert same(before, network.state_dict())
+
+
+def test_levels_of_a_recurrent_layer_that_share_a_weight_are_no_groups() -> None:
+    network, x, _ = left_whole()["two levels of an LSTM"]
+    assert find_groups(network, x) == []
+
+
+def test_a_tie_between_two_networks_is_left_whole_and_one_within_a_network_of_two_names_is_not() -> None:
+    two = nn.ModuleDict({"one": perceptron(), "other": perceptron()})
+    calls = {name: Example((tokens(),)) for name in two}
+    two["first"] = two["one"].e  # a second name of the layer
+    assert {group.name for group in survey_networks(two, calls).groups} == {"one.e", "other.e"}
+    two["other"].l.weight = two["one"].l.weight
+    found = survey_networks(two, calls)
+    assert found.groups == []
+    assert found.left_whole["one.e"] == found.left_whole["other.e"]
+    assert "one.l.weight and other.l.weight are one tensor" in found.left_whole["one.e"]

@@ -42,7 +42,6 @@ QUICK = {
 WHOLE = {
     "Maxout": "0.pieces: the outputs change",  # pieces lie side by side in one layer: no edge of the graph joins them
     "TCN, weight norm": "parametrized: remove the parametrization",
-    "LSTM language model, tied": "embed: it is tied",  # the first layer must keep as many units as the tied last one
     "GPT-2 (transformers)": "transformer.wte: the network fails",  # its linear layers, Conv1D, are not understood
     "LLaMA (transformers)": "an index mapping went astray",  # rotary halves and repeated keys
 }
