@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_slim.surgery.cut import refresh
 from lightning_slim.surgery.graph import Channel, Component
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.units import Role, Span, named_tensors
@@ -103,3 +105,26 @@ def _holder(model: nn.Module, name: str) -> tuple[int, str]:
     """The layer that holds a tensor, whichever of the layer's names was meant, and what it calls the tensor."""
     layer, _, leaf = name.rpartition(".")
     return id(model.get_submodule(layer)), leaf
+
+
+@contextmanager
+def apart(model: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
+    """Tied parameters have a tensor of their own under every name, for the time being."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {id(parameters[name]) for name in tensors if name in parameters}
+    tied = [name for tensor, names in tied_names(model).items() if tensor in wanted for name in names[1:]]
+    held = {name: parameters[name] for name in tied}
+    try:
+        for name, parameter in held.items():
+            _put(model, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        yield
+    finally:
+        for name, parameter in held.items():
+            _put(model, name, parameter)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    layer, _, leaf = name.rpartition(".")
+    module = model.get_submodule(layer)
+    module._parameters[leaf] = parameter
+    refresh(module)

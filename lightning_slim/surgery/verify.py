@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.ties import apart
 from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import Plan, UnitGroup, named_tensors
 
@@ -59,7 +60,8 @@ def compare(
     """
     modes = {module: module.training for module in model.modules()}
     with untouched(model):
-        with _unmixed(model), _unread(model, groups, plan):
+        read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
+        with _unmixed(model), apart(model, read), _unread(model, groups, plan):
             before = _outputs(model, calls)
             trains = any(modes.values()) and _runs(model, calls, modes)
         cuts = remove_units(model, groups, plan)

@@ -173,6 +173,18 @@ def test_all_attributes_follow_and_a_fresh_network_takes_the_state(name: str) ->
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_the_trial_leaves_everything_as_it_was(name: str) -> None:
+    make, x, (one, other), _ = NETWORKS[name]
+    network, x = make(), x()
+    before, held, outputs = copy.deepcopy(network.state_dict()), [id(p) for p in network.parameters()], network(x)
+    vet(network, find_groups(network, x), {"": Example((x,))})
+    assert same(before, network.state_dict())
+    assert held == [id(p) for p in network.parameters()]
+    assert network.get_parameter(one) is network.get_parameter(other)
+    assert torch.equal(outputs, network(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_costs_of_tied_layers_are_counted(name: str) -> None:
     network, x, _ = build(name)
     pruner = Pruner(network, Magnitude(), Units(0.6), OneShot(0.5), compensate="none")
@@ -229,6 +241,13 @@ def left_whole() -> dict[str, tuple[nn.Module, Tensor, str]]:
         o=nn.Linear(10, 17),
     )
     some_units.d.weight = some_units.e.weight
+    heard = Net(
+        lambda s, x: s.d(torch.tanh(s.l(h := s.e(x))) * h.sum(-1, True)),
+        e=nn.Embedding(17, 8),
+        l=nn.Linear(8, 8),
+        d=nn.Linear(8, 17),
+    )
+    heard.d.weight = heard.e.weight
     return {
         "the weight that reads the input": (to_the_input, torch.randn(3, 6), "only one of them would be cut"),
         "the weight that makes the output": (to_the_output, torch.randn(3, 6), "it is tied, and it reaches"),
@@ -237,6 +256,7 @@ def left_whole() -> dict[str, tuple[nn.Module, Tensor, str]]:
         "a layer that is not called": (beside, tokens(), "only one of them would be cut"),
         "two levels of an LSTM": (levels, torch.randn(5, 3, 6), "only one of them would be cut"),
         "some of a layer's units": (some_units, tokens(), "must keep as many units each"),
+        "a sum over what is embedded": (heard, tokens(), "the outputs change"),
     }
 
 
