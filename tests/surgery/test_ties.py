@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_slim import Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
+from lightning_slim import Granger, Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
+from lightning_slim.folding import fold_plan
 from lightning_slim.profile import count_macs
 from lightning_slim.surgery import Example, resize_to
 from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.verify import _unmixed, vet
-from lightning_slim.units import UnitGroup
+from lightning_slim.units import Plan, UnitGroup
 from tests.networks import same
 from tests.surgery.test_cut import Net, zeroed
 from tests.surgery.test_recurrent import different
@@ -284,3 +285,76 @@ def test_a_tie_between_two_networks_is_left_whole_and_one_within_a_network_of_tw
     assert found.groups == []
     assert found.left_whole["one.e"] == found.left_whole["other.e"]
     assert "one.l.weight and other.l.weight are one tensor" in found.left_whole["one.e"]
+
+
+def prepared(network: nn.Module, x: Tensor) -> Pruner:
+    """A pruner that has seen some inputs."""
+    pruner = Pruner(network, Granger(lags=0), Units(0.6), OneShot(0.5))
+    pruner.prepare(x[:2])
+    with torch.no_grad(), pruner.recording():
+        network(x)
+    return pruner
+
+
+def test_a_fold_leaves_the_embedding_as_it_is_and_goes_to_the_other_readers() -> None:
+    """The decoder's weight is the embedding's: only its bias takes the mean of what goes."""
+    network, x = Recurrent(), torch.randint(0, 17, (150, 6))
+    pruner = prepared(network, x)
+    hidden = network.r(network.e(x))[0].flatten(0, 1)
+    keep = torch.arange(10) % 3 != 2
+    before = copy.deepcopy(network)
+    list(fold_plan([network], pruner.groups, Plan({"e": keep}), pruner.recorder.moments, "least_squares"))
+    assert torch.equal(network.e.weight, before.e.weight)
+    torch.testing.assert_close(
+        network.d.bias, before.d.bias + before.d.weight[:, ~keep] @ hidden.mean(0)[~keep], rtol=1e-4, atol=1e-5
+    )
+    inputs = network.e(x).flatten(0, 1)
+    heard, all_of_it = (
+        inputs[:, keep] @ network.r.weight_ih_l0[:, keep].T + network.r.bias_ih_l0,
+        inputs @ before.r.weight_ih_l0.T + before.r.bias_ih_l0,
+    )
+    without = inputs[:, keep] @ before.r.weight_ih_l0[:, keep].T + before.r.bias_ih_l0
+    assert (heard - all_of_it).square().mean() < 0.9 * (without - all_of_it).square().mean()
+
+
+@torch.no_grad()
+def test_a_weight_of_two_hidden_layers_is_folded_once() -> None:
+    network, x = recursive(False), torch.randn(2000, 4)
+    network.a.weight[2] = -network.a.weight[0]
+    for layer in (network.i, network.a, network.b):  # unit 2 of every layer is minus unit 0
+        layer.weight[2], layer.bias[2] = -layer.weight[0], -layer.bias[0]
+    before = network(x)
+    pruner = prepared(network, x)
+    plan = Plan({"i": torch.arange(10) != 2})
+    list(fold_plan([network], pruner.groups, plan, pruner.recorder.moments, "least_squares"))
+    remove_units(network, pruner.groups, plan)
+    torch.testing.assert_close(network(x), before, rtol=1e-2, atol=5e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biases_too", [False, True])
+def test_a_constant_goes_to_every_bias_once(biases_too: bool) -> None:
+    network, x = recursive(biases_too), torch.randn(500, 4)
+    pruner = prepared(network, x)
+    first = torch.tanh(network.i(x))
+    means = {"a": first.mean(0), "b": torch.tanh(network.a(first)).mean(0)}
+    if biases_too:
+        means = dict.fromkeys("ab", (means["a"] + means["b"]) / 2)
+    keep = torch.arange(10) % 3 != 2
+    expected = {
+        name: network.get_parameter(f"{name}.bias") + network.a.weight[:, ~keep] @ means[name][~keep] for name in means
+    }
+    list(fold_plan([network], pruner.groups, Plan({"i": keep}), pruner.recorder.moments, "mean"))
+    for name, bias in expected.items():
+        torch.testing.assert_close(network.get_parameter(f"{name}.bias"), bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_other_layers_takes_no_constant() -> None:
+    network = Net(lambda s, x: s.b(F.relu(s.a(x))) + s.c(x), a=nn.Linear(4, 8), b=nn.Linear(8, 3), c=nn.Linear(4, 3))
+    network.c.bias = network.b.bias
+    pruner = prepared(network, torch.randn(50, 4))
+    before = copy.deepcopy(network.state_dict())
+    plan = Plan({"a": torch.arange(8) % 2 == 0})
+    list(fold_plan([network], pruner.groups, plan, pruner.recorder.moments, "least_squares"))
+    assert torch.equal(network.b.bias, before["b.bias"])
+    assert not torch.equal(network.b.weight, before["b.weight"])
