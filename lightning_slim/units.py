@@ -125,7 +125,7 @@ def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float
         role: `"out"`: the weights that make the units; `"in"`: those that read them; None: both.
 
     Returns:
-        Parameters only (no buffers), concatenated over the spans with that role.
+        Parameters only (no buffers), concatenated over the spans with that role; a tied one once.
     """
     return torch.cat([columns(p, span) for p, span in _spans(model, group, role)], dim=1)
 
@@ -138,9 +138,13 @@ def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> 
 
 def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[tuple[nn.Parameter, Span]]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: set[tuple[int, int]] = set()
     for span in group.spans:
         if span.tensor in parameters and role in (None, span.role):
-            yield parameters[span.tensor], span
+            axis = id(parameters[span.tensor]), span.axis
+            if axis not in seen:
+                yield parameters[span.tensor], span
+            seen.add(axis)
 
 
 def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[UnitGroup]:

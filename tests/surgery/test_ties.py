@@ -17,7 +17,7 @@ from lightning_slim.profile import count_macs
 from lightning_slim.surgery import Example, resize_to
 from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.verify import _unmixed, vet
-from lightning_slim.units import Plan, UnitGroup
+from lightning_slim.units import Plan, UnitGroup, gradients, rows
 from tests.networks import same
 from tests.surgery.test_cut import Net, zeroed
 from tests.surgery.test_recurrent import different
@@ -210,6 +210,20 @@ def test_a_unit_owns_a_column_of_the_embedding_and_all_of_a_hidden_unit_by_hand(
         ("d.weight", 1): ([3], "in"),
     }
     assert [reader.layer for reader in group.readers] == ["d", "r"]
+
+
+def test_a_tied_tensor_weighs_once() -> None:
+    network, x = perceptron(), tokens()
+    (group,) = find_groups(network, x)
+    network(x).square().sum().backward()
+    own = torch.cat([network.e.weight.T, network.l.weight, network.l.bias[:, None]], 1)
+    slope = torch.cat([network.e.weight.grad.T, network.l.weight.grad, network.l.bias.grad[:, None]], 1)
+    both = torch.cat([own, network.l.weight.T], 1)
+    for role, weights in (("out", own), (None, both)):
+        seen = rows(network, group, role)
+        torch.testing.assert_close(seen.square().sum(1), weights.square().sum(1))
+        assert seen.shape == weights.shape
+    torch.testing.assert_close(gradients(network, group).square().sum(1), slope.square().sum(1))
 
 
 class Functional(nn.Module):
