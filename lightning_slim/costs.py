@@ -41,6 +41,7 @@ class Costs:
         axes: tensor -> axis -> who owns how much of it.
         matrices: layer -> its matrices; a tied one stands under its first name everywhere.
         packs: group -> pack, of those that must keep as many units as others.
+        floors: group -> how many units must stay at least.
     """
 
     original: dict[str, int]
@@ -50,6 +51,7 @@ class Costs:
     axes: dict[str, dict[int, _Axis]]
     matrices: dict[str, list[str]]
     packs: dict[str, str]
+    floors: dict[str, int]
 
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[UnitGroup], layer_macs: Mapping[str, int]) -> Costs:
@@ -80,8 +82,9 @@ class Costs:
         measured = {*axes, *chain(*matrices.values())}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if name in measured}
         packs = {group.name: group.pack for group in groups if group.pack}
+        floors = {group.name: group.floor for group in groups}
         parameters = sum(p.numel() for p in model.parameters())
-        return cls(original, parameters, dict(layer_macs), shapes, axes, dict(matrices), packs)
+        return cls(original, parameters, dict(layer_macs), shapes, axes, dict(matrices), packs, floors)
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""

@@ -235,7 +235,7 @@ class Pruner:
             if self.schedule(progress) == 1:
                 warnings.warn(
                     f"Nothing was removed at {progress:.0%} of the run, though only {self.asked(progress):.1%} should "
-                    "remain: every group is as small as `round_to` and the floor of two units allow.",
+                    "remain: every group is as small as `round_to` and its floor allow.",
                     NoEffectWarning,
                     stacklevel=2,
                 )
@@ -351,7 +351,7 @@ class Pruner:
 
     def _check_reachable(self, costs: Costs) -> None:
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
-        smallest = self.selection.widths(0.0, costs.original, costs.original, everything, costs.packs)
+        smallest = self.selection.widths(0.0, costs.original, costs.original, everything, costs.packs, costs.floors)
         closest = self.budget.remaining(costs, smallest)
         if closest > self.budget.fraction:
             raise ValueError(

@@ -44,6 +44,7 @@ class Selection:
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
         packs: Mapping[str, str] | None = None,
+        floors: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
 
@@ -53,12 +54,16 @@ class Selection:
             current: width of every group now.
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
             packs: group -> pack; the groups of a pack keep as many units as the widest of them would alone.
+            floors: group -> how many units must stay at least; two where nothing else is said.
         """
         wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        widths = {name: self._allowed(wanted[name], original[name], current[name]) for name in wanted}
-        packs = packs or {}
+        packs, floors = packs or {}, floors or {}
+        widths = {
+            name: self._allowed(max(wanted[name], floors.get(name, MIN_UNITS)), original[name], current[name])
+            for name in wanted
+        }
         widest = dict.fromkeys(packs.values(), 0)
         for name in widths.keys() & packs.keys():
             widest[packs[name]] = max(widest[packs[name]], widths[name])
@@ -78,7 +83,7 @@ class Selection:
         """
 
         def at(level: float) -> dict[str, int]:
-            return self.widths(level, costs.original, current, importance, costs.packs)
+            return self.widths(level, costs.original, current, importance, costs.packs, costs.floors)
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.remaining(costs, widths) <= remaining + 1e-12
@@ -103,7 +108,7 @@ class Selection:
 
     def _allowed(self, wanted: float, original: int, current: int) -> int:
         # 1e-9: 0.7 * 10 is 7.000000000000001, which must not round up to 8
-        rounded = math.ceil(max(wanted - 1e-9, MIN_UNITS) / self.round_to) * self.round_to
+        rounded = math.ceil((wanted - 1e-9) / self.round_to) * self.round_to
         return min(rounded, original, current)
 
 

@@ -68,12 +68,14 @@ class UnitGroup:
         spans: where they live; unit `u` is row `u` of every span's index.
         readers: the layers that read them.
         pack: groups of one pack must keep the same number of units (the layers and directions of an LSTM); empty: none.
+        floor: how many units must stay at least.
     """
 
     name: str
     spans: tuple[Span, ...]
     readers: tuple[Reader, ...] = ()
     pack: str = ""
+    floor: int = MIN_UNITS
 
     @property
     def size(self) -> int:
@@ -172,7 +174,7 @@ def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]])
         keep = plan.get(group.name)
         spans = tuple(shift(span, keep) for span in group.spans)
         readers = tuple(Reader(r.layer, shift(r.span, keep), r.axis, r.chunks, r.offset) for r in group.readers)
-        return UnitGroup(group.name, spans, readers, group.pack)
+        return UnitGroup(group.name, spans, readers, group.pack, group.floor)
 
     return [update(group) for group in groups]
 
@@ -182,6 +184,7 @@ def to_state(group: UnitGroup) -> dict[str, Any]:
     return {
         "name": group.name,
         "pack": group.pack,
+        "floor": group.floor,
         "spans": [vars(span).copy() for span in group.spans],
         "readers": [{**vars(reader), "span": vars(reader.span).copy()} for reader in group.readers],
     }
@@ -191,4 +194,4 @@ def from_state(state: Mapping[str, Any]) -> UnitGroup:
     """The inverse of `to_state`."""
     spans = tuple(Span(**span) for span in state["spans"])
     readers = tuple(Reader(**{**reader, "span": Span(**reader["span"])}) for reader in state["readers"])
-    return UnitGroup(state["name"], spans, readers, state["pack"])
+    return UnitGroup(state["name"], spans, readers, state["pack"], state["floor"])

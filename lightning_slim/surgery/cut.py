@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors
+from lightning_slim.units import Plan, UnitGroup, named_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
         One cut for each tensor that changed, for `migrate`.
 
     Raises:
-        ValueError: a group is not known, or its mask has the wrong length, or keeps less than two.
+        ValueError: a group is not known, or its mask has the wrong length, or keeps less than must stay.
     """
     keep = _positions_kept(model, {group.name: group for group in groups}, plan)
     cuts = [_prepare(name, tensor, axes) for name, tensor, axes in keep]
@@ -136,14 +136,14 @@ def _positions_kept(
 def _check(name: str, mask: Tensor, groups: Mapping[str, UnitGroup]) -> None:
     if name not in groups:
         raise ValueError(f"Expected a plan for one of {sorted(groups)}, got {name!r}.")
-    size = groups[name].size
+    size, floor = groups[name].size, groups[name].floor
     if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
         raise ValueError(
             f"Expected a boolean mask of {size} entries for {name!r}, got {mask.dtype} of shape {tuple(mask.shape)}."
         )
-    if int(mask.sum()) < MIN_UNITS:
+    if int(mask.sum()) < floor:
         raise ValueError(
-            f"Expected at least {MIN_UNITS} units of {name!r} to stay, got {int(mask.sum())}: keep more, or leave it "
+            f"Expected at least {floor} units of {name!r} to stay, got {int(mask.sum())}: keep more, or leave it "
             "out of the plan."
         )
 

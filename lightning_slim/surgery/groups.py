@@ -122,6 +122,7 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         _gather(model, name, units[name, form], prefix, result)
     for name in order:
         _add_inner(model, name, prefix, result)
+        _add_cells(model, name, prefix, result)
     return result
 
 
@@ -280,7 +281,7 @@ def _add_inner(model: nn.Module, name: str, prefix: str, result: Survey) -> None
     units = kind.pack(module) if kind is not None else 0
     if kind is None or not units:
         return
-    layer = prefix + name
+    layer = (prefix + name).rstrip(".")
     inner = [_inner_group(layer, part, places) for part, places in kind.inner(module)]
     mine = [group for group in result.groups if _parts(group, layer)]
     packs = {group.pack for group in mine if group.pack}  # of other layers that make the same units
@@ -298,18 +299,36 @@ def _add_inner(model: nn.Module, name: str, prefix: str, result: Survey) -> None
         result.groups += [replace(group, pack=min(packs, default=layer)) for group in together]
 
 
-def _inner_group(layer: str, part: str, places: Sequence[Place]) -> UnitGroup:
+def _add_cells(model: nn.Module, name: str, prefix: str, result: Survey) -> None:
+    """Adds the groups of cells behind the projections of a layer, packed."""
+    module = model.get_submodule(name)
+    kind = layer_kind(module)
+    if kind is None:
+        return
+    layer, floor = (prefix + name).rstrip("."), kind.min_cells(module)
+    pack = _join(layer, "cells")
+    groups = [_inner_group(layer, part, places, pack, floor) for part, places in kind.cells(module)]
+    for group in groups:
+        few = f"it has {group.size} cells, and {floor} must stay" if group.size <= floor else ""
+        reason = half_tied(model, group.spans, prefix) or few
+        if reason:
+            result.left_whole[pack] = reason
+            return
+    result.groups += groups
+
+
+def _inner_group(layer: str, part: str, places: Sequence[Place], pack: str = "", floor: int = MIN_UNITS) -> UnitGroup:
     sites: dict[Site, list[Tensor]] = {}
     for place in places:
-        site = (f"{layer}.{place.tensor}", place.axis, place.role or "out")
+        site = (_join(layer, place.tensor), place.axis, place.role or "out")
         sites.setdefault(site, []).append(place.index)
     spans = tuple(Span(t, axis, torch.stack(at, 1), role) for (t, axis, role), at in sites.items())
-    return UnitGroup(f"{layer}.{part}", spans)
+    return UnitGroup(_join(layer, part), spans, pack=pack, floor=floor)
 
 
 def _parts(group: UnitGroup, layer: str) -> int:
     """How many directions of a recurrent layer the units of a group span: two where a sum, say, couples them."""
-    recurrent = f"{layer}.weight_hh"
+    recurrent = _join(layer, "weight_hh")
     return len({span.tensor for span in group.spans if span.axis == 1 and span.tensor.startswith(recurrent)})
 
 

@@ -96,8 +96,10 @@ def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bo
 
 
 def _half(group: UnitGroup) -> Bool[Tensor, "units"]:
-    """Keeps every other unit, in pairs, so that neither halves nor a parity hide a mistake."""
-    return torch.arange(group.size) % 4 < 2 if group.size > 2 else torch.arange(group.size) < 1
+    """Keeps every other unit, in pairs: neither halves nor a parity hide a mistake. More, where more must stay."""
+    keep = torch.arange(group.size) % 4 < 2
+    keep[(~keep).nonzero().flatten()[: max(group.floor - int(keep.sum()), 0)]] = True
+    return keep
 
 
 def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:

@@ -94,7 +94,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], tuple[s
         ("e.weight", "d.weight"),
         {"e", "e#2"},
     ),
-    "LSTM, projections": (lambda: Recurrent(proj_size=6), tokens, ("e.weight", "d.weight"), {"e"}),
+    "LSTM, projections": (lambda: Recurrent(proj_size=6), tokens, ("e.weight", "d.weight"), {"e", "r.cells_l0"}),
     "MLP": (perceptron, tokens, ("e.weight", "d.weight"), {"e"}),
     "transformer": (Transformer, tokens, ("e.weight", "h.weight"), {"e", "up"}),
     "recursive": (lambda: recursive(False), lambda: torch.randn(5, 4), ("a.weight", "b.weight"), {"i"}),
