@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -27,35 +27,49 @@ class _Axis:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates that shrink as some tensors do.
+
+    Attributes:
+        macs: of one forward pass of one sample.
+        tensors: what they are proportional to; to nothing that can shrink, if there is none.
+        axis: only the size of this axis counts, not all entries.
+    """
+
+    macs: int
+    tensors: tuple[str, ...] = ()
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
 class Costs:
     """Units, parameters and MACs of a model as functions of the widths of its groups.
 
     A layer's MACs are proportional to the entries of its matrices, so they shrink as these do. That is exact for linear
     layers, convolutions and recurrent layers of every kind, as long as the sizes between them (pixels, steps) stay.
+    Those of attention itself are proportional to its heads.
 
     Attributes:
         original: width of every group before anything was cut.
         parameters: number of all parameters of the model.
-        layer_macs: layer -> multiply-accumulates of one forward pass of the example, its children's left out.
-        shapes: tensor -> shape, of all parameters that a group touches, and of the matrices beside them.
+        work: all multiply-accumulates of one forward pass.
+        shapes: tensor -> shape, of all parameters that a group touches or that work goes by.
         axes: tensor -> axis -> who owns how much of it.
-        matrices: layer -> its matrices; a tied one stands under its first name everywhere.
         packs: group -> pack, of those that must keep as many units as others.
         floors: group -> how many units must stay at least.
     """
 
     original: dict[str, int]
     parameters: int
-    layer_macs: dict[str, int]
+    work: list[Work]
     shapes: dict[str, list[int]]
     axes: dict[str, dict[int, _Axis]]
-    matrices: dict[str, list[str]]
     packs: dict[str, str]
     floors: dict[str, int]
 
     @classmethod
-    def of(cls, model: nn.Module, groups: Iterable[UnitGroup], layer_macs: Mapping[str, int]) -> Costs:
-        """Costs of a model that was not cut yet; `layer_macs` come from `count_macs`."""
+    def of(cls, model: nn.Module, groups: Iterable[UnitGroup], work: Iterable[Work]) -> Costs:
+        """Costs of a model that was not cut yet; `work` comes from `surgery.find_work`."""
         groups = list(groups)
         tensors = named_tensors(model)
         first_name = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -73,18 +87,11 @@ class Costs:
             }
             for name, by_axis in owned.items()
         }
-        layers = {name.rpartition(".")[0] for name, tensor in tensors.items() if first_name[id(tensor)] in axes}
-        matrices: defaultdict[str, list[str]] = defaultdict(list)
-        for name, p in model.named_parameters(remove_duplicate=False):
-            layer = name.rpartition(".")[0]
-            if layer in layers and p.ndim > 1:
-                matrices[layer].append(first_name[id(p)])
-        measured = {*axes, *chain(*matrices.values())}
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if name in measured}
+        work = [replace(each, tensors=tuple(first_name[id(tensors[n])] for n in each.tensors)) for each in work]
+        shapes = {name: list(tensors[name].shape) for name in {*axes, *(n for each in work for n in each.tensors)}}
         packs = {group.name: group.pack for group in groups if group.pack}
         floors = {group.name: group.floor for group in groups}
-        parameters = sum(p.numel() for p in model.parameters())
-        return cls(original, parameters, dict(layer_macs), shapes, axes, dict(matrices), packs, floors)
+        return cls(original, sum(p.numel() for p in model.parameters()), work, shapes, axes, packs, floors)
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""
@@ -96,26 +103,26 @@ class Costs:
 
     def macs(self, widths: Widths) -> int:
         """Multiply-accumulates of one forward pass of the example."""
-        return round(sum(macs * self._share(layer, widths) for layer, macs in self.layer_macs.items()))
+        return round(sum(each.macs * self._share(each, widths) for each in self.work))
 
     def _full(self, tensor: str) -> int:
-        entries = 1
-        for size in self.shapes[tensor]:
-            entries *= size
-        return entries
+        return math.prod(self.shapes[tensor])
 
     def _left(self, tensor: str, widths: Widths) -> int:
-        entries = 1
-        for axis, size in enumerate(self.shapes[tensor]):
-            owners = self.axes.get(tensor, {}).get(axis)
-            entries *= size if owners is None else owners.kept(self.original, widths)
-        return entries
+        return math.prod(self._size(tensor, axis, widths) for axis in range(len(self.shapes[tensor])))
 
-    def _share(self, layer: str, widths: Widths) -> float:
-        """What stays of a layer's matrices."""
-        mine = self.matrices.get(layer, [])
-        full = sum(map(self._full, mine))
-        return sum(self._left(name, widths) for name in mine) / full if full else 1.0
+    def _size(self, tensor: str, axis: int, widths: Widths) -> int:
+        """Of one axis of a tensor."""
+        owners = self.axes.get(tensor, {}).get(axis)
+        return self.shapes[tensor][axis] if owners is None else owners.kept(self.original, widths)
+
+    def _share(self, work: Work, widths: Widths) -> float:
+        """What stays of it."""
+        if work.axis is not None:
+            full = sum(self.shapes[tensor][work.axis] for tensor in work.tensors)
+            return sum(self._size(tensor, work.axis, widths) for tensor in work.tensors) / full
+        full = sum(map(self._full, work.tensors))
+        return sum(self._left(tensor, widths) for tensor in work.tensors) / full if full else 1.0
 
     def to_state(self) -> dict[str, Any]:
         """Plain data, for a checkpoint."""
@@ -123,7 +130,7 @@ class Costs:
             name: {axis: (owner.size, owner.per_unit) for axis, owner in by_axis.items()}
             for name, by_axis in self.axes.items()
         }
-        return {**vars(self), "axes": axes}
+        return {**vars(self), "axes": axes, "work": [vars(each).copy() for each in self.work]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Costs:
@@ -132,4 +139,4 @@ class Costs:
             name: {int(axis): _Axis(*owner) for axis, owner in by_axis.items()}
             for name, by_axis in state["axes"].items()
         }
-        return cls(**{**state, "axes": axes})
+        return cls(**{**state, "axes": axes, "work": [Work(**each) for each in state["work"]]})

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lightning_slim.statistics import Moments, least_squares_image, merged
@@ -54,10 +56,9 @@ def _fold_group(
         heard.setdefault(id(tensors[reader.span.tensor]), {}).setdefault(theirs, []).append((at_reader, reader))
     for weight, by_bias in heard.items():
         everywhere = merged([at_reader for same in by_bias.values() for at_reader, _ in same])
-        width = len(everywhere.total) // group.size  # the present is the first of a unit's columns
-        kept, gone = keep.nonzero().flatten() * width, (~keep).nonzero().flatten() * width
         for i, (bias, same) in enumerate(by_bias.items()):
             reader = same[0][1]
+            kept, gone = (_present(everywhere, reader, mask) for mask in (keep, ~keep))
             if len(tied.get(bias, ())) > len({reader.offset for _, reader in same}):  # other layers have it, too
                 reader = replace(reader, offset=None)
             # A tied weight is folded once. One that makes the units as it reads them, as that of a decoder tied to its
@@ -69,3 +70,10 @@ def _fold_group(
             constant = mean[gone] - share.T @ mean[kept]
             for model in models:
                 yield fold(model, reader, keep, (share, constant), weight_too=weight_too and i == 0)
+
+
+def _present(moments: Moments, reader: Reader, units: Bool[Tensor, "units"]) -> Int[Tensor, "columns"]:
+    """The columns of some units without their past: the first of each unit, or all where they are its channels."""
+    width = len(moments.total) // len(units)
+    present = torch.arange(width if reader.joint else 1)
+    return (units.nonzero() * width + present).flatten()

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +19,16 @@ from lightning_slim.budgets import Budget, MACs
 from lightning_slim.costs import Costs
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.profile import count_macs
 from lightning_slim.recording import Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip, skips
-from lightning_slim.surgery import Example, StructureChange, Survey, migrate, remove_units, restore
+from lightning_slim.statistics import Moments
+from lightning_slim.surgery import Example, StructureChange, Survey, find_work, migrate, remove_units, restore
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
-from lightning_slim.surgery.verify import compare, vet
-from lightning_slim.units import Plan, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
+from lightning_slim.surgery.verify import compare, pack_up, vet
+from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 
 
 class NoEffectWarning(UserWarning):
@@ -123,18 +124,18 @@ class Pruner:
         self.left_whole = found.left_whole
         groups = _whole_packs([group for group in found.groups if self._wanted(group)], found, self.left_whole)
         if self.verify:
-            unfit = self.agree(vet(self.model, groups, calls))
-            self.left_whole.update(unfit)
-            groups = [group for group in groups if group.name not in unfit]
+            unfit = vet(self.model, groups, calls)
+            unfit, packs = self.agree((unfit, pack_up(self.model, groups, unfit, calls)))
+            self.left_whole.update({name: reason for name, reason in unfit.items() if name not in packs})
+            groups = [
+                replace(group, pack=packs.get(group.name, group.pack))
+                for group in groups
+                if group.name in packs or group.name not in unfit
+            ]
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items()) or "it has no layers"
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons}.")
-        layer_macs = {
-            _join(root, layer): macs // call.samples
-            for root, call in calls.items()
-            for layer, macs in count_macs(self.model.get_submodule(root), call.args, call.kwargs).items()
-        }
-        costs = Costs.of(self.model, groups, layer_macs)
+        costs = Costs.of(self.model, groups, find_work(self.model, calls))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
         self._original_index = {group.name: torch.arange(group.size) for group in groups}
@@ -281,7 +282,7 @@ class Pruner:
         return Evidence(
             weights=rows(self.model, group, role=None).detach(),
             readings=tuple(
-                Reading(m, columns(tensors[r.span.tensor].detach(), r.span))
+                _reading(m, r, tensors[r.span.tensor].detach())
                 for m, r in zip(moments, group.readers, strict=False)
                 if m is not None
             ),
@@ -400,6 +401,12 @@ class Pruner:
         self._recorder.load_state_dict(state["recorder"])
 
 
+def _reading(moments: Moments, reader: Reader, tensor: Tensor) -> Reading:
+    weight = columns(tensor, reader.span)
+    channels = reader.span.index.shape[1] if reader.joint else 1
+    return Reading(moments, weight.reshape(len(weight) * channels, -1), channels)
+
+
 def _alone(value: Any) -> Any:
     """There is one process: everybody agrees, and the mean is the value."""
     return value
@@ -420,7 +427,3 @@ def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int
     tensors = named_tensors(model)
     touched = {id(tensors[span.tensor]) for group in groups for span in group.spans}
     return {name: list(tensor.shape) for name, tensor in tensors.items() if id(tensor) in touched}
-
-
-def _join(root: str, layer: str) -> str:
-    return f"{root}.{layer}" if root and layer else root or layer

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_slim.eager import eagerly
 from lightning_slim.statistics import Moments, with_lags
+from lightning_slim.surgery.layers.multihead import module_by_module
 from lightning_slim.units import Reader, UnitGroup, gradients, named_tensors, rows
 
 # Rows of one batch, for each column: a convolution has a row for every pixel, many more than second moments need.
@@ -70,7 +71,7 @@ class Recorder:
                     hook = _Watch(self, group.name, slot, reader)
                     handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            with eagerly():
+            with eagerly(), module_by_module(self.model):
                 yield
         finally:
             for handle in handles:
@@ -165,7 +166,7 @@ class _Watch:
         self.recorder, self.group, self.slot, self.reader = recorder, group, slot, reader
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs["input"]
+        inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | PackedSequence))
         inputs = inputs.data if isinstance(inputs, PackedSequence) else inputs
         self.recorder.observe(self.group, self.slot, self.reader, inputs)
 
@@ -175,7 +176,8 @@ def _rows(
 ) -> Float[Tensor, "rows units columns"] | None:
     """The units at a reader, one row for every sample, pixel or step, with their past where they arrive as series.
 
-    Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows. A series
+    Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows; where
+    they are variables of their own (the channels of a head), they are its columns, without a past. A series
     of one step has no past to speak of; where longer ones were seen before, a short one is None if `skip_short`.
     """
     index = torch.cat([reader.span.index + chunk * width for chunk in range(reader.chunks)], dim=1)
@@ -183,6 +185,8 @@ def _rows(
     everything = index.shape == (channels.shape[-1], 1) and torch.equal(index[:, 0], torch.arange(len(index)))
     # ..., units, positions; nothing is gathered where unit u simply is channel u
     units = channels.unsqueeze(-1) if everything else channels[..., index.to(inputs.device)]
+    if reader.joint:
+        return units.flatten(0, -3)
     # item, step, units, positions: a Conv1d, or a linear layer on (item, step, channel)
     if lags and units.ndim == 4 and (units.shape[1] > 1 or skip_short):
         if units.shape[1] <= lags and skip_short:

@@ -53,21 +53,23 @@ class Selection:
             original: width of every group before anything was cut.
             current: width of every group now.
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
-            packs: group -> pack; the groups of a pack keep as many units as the widest of them would alone.
+            packs: group -> pack; the groups of a pack keep the same fraction of their original units, as much as the
+                one that would alone keep most.
             floors: group -> how many units must stay at least; two where nothing else is said.
         """
         wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        packs, floors = packs or {}, floors or {}
+        floors = floors or {}
         widths = {
             name: self._allowed(max(wanted[name], floors.get(name, MIN_UNITS)), original[name], current[name])
             for name in wanted
         }
-        widest = dict.fromkeys(packs.values(), 0)
-        for name in widths.keys() & packs.keys():
-            widest[packs[name]] = max(widest[packs[name]], widths[name])
-        return {**current, **{n: widest[packs[n]] if n in packs else width for n, width in widths.items()}}
+        for members in _members(packs or {}, widths):
+            steps = min(original[name] for name in members)  # in which all of them can shrink alike
+            most = max(math.ceil(widths[name] * steps / original[name]) for name in members)
+            widths.update({name: most * original[name] // steps for name in members})
+        return {**current, **widths}
 
     def fit(
         self,
@@ -99,10 +101,12 @@ class Selection:
         affordable: Callable[[Mapping[str, int]], bool],
     ) -> dict[str, int]:
         """Groups of one size all change at the same level, which leaves something over: give it back, one by one."""
-        for name in sorted(widths, key=lambda name: widths[name] / costs.original[name]):
-            pack = costs.packs.get(name)
-            together = [other for other in widths if other == name or (pack and costs.packs.get(other) == pack)]
-            wider = {**widths, **{other: min(widths[other] + self.round_to, current[other]) for other in together}}
+        packs = _members(costs.packs, widths)
+        alone = [[name] for name in widths if name not in costs.packs]
+        for members in sorted([*alone, *packs], key=lambda m: widths[m[0]] / costs.original[m[0]]):
+            least = min(costs.original[name] for name in members)
+            step = {name: self.round_to * costs.original[name] // least for name in members}
+            wider = {**widths, **{name: min(widths[name] + step[name], current[name]) for name in members}}
             widths = wider if affordable(wider) else widths
         return widths
 
@@ -110,6 +114,15 @@ class Selection:
         # 1e-9: 0.7 * 10 is 7.000000000000001, which must not round up to 8
         rounded = math.ceil((wanted - 1e-9) / self.round_to) * self.round_to
         return min(rounded, original, current)
+
+
+def _members(packs: Mapping[str, str], widths: Mapping[str, int]) -> list[list[str]]:
+    """The groups of each pack, of those that have a width."""
+    names: dict[str, list[str]] = {}
+    for name, pack in packs.items():
+        if name in widths:
+            names.setdefault(pack, []).append(name)
+    return list(names.values())
 
 
 def plan_for(widths: Mapping[str, int], importance: Mapping[str, Float[Tensor, "units"]]) -> Plan:

@@ -8,7 +8,7 @@ that no later code has to know a layer type.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +50,8 @@ class Reader:
         chunks: in a grouped convolution the same column reads one channel of each of `chunks` chunks.
         offset: the tensor that can take over a constant input: the layer's bias, or the `running_mean` of the
             batch normalisation that follows it (which is subtracted); None if there is neither.
+        joint: whether the positions of a unit are variables of their own, as the channels of a head are, and not
+            repetitions of one, as pixels are.
     """
 
     layer: str
@@ -57,6 +59,7 @@ class Reader:
     axis: int
     chunks: int = 1
     offset: str | None = None
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class UnitGroup:
         name: the layer that makes the units.
         spans: where they live; unit `u` is row `u` of every span's index.
         readers: the layers that read them.
-        pack: groups of one pack must keep the same number of units (the layers and directions of an LSTM); empty: none.
+        pack: groups of one pack must keep the same fraction of their units (the layers and directions of an LSTM, say);
+            empty: none.
         floor: how many units must stay at least.
     """
 
@@ -173,7 +177,7 @@ def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]])
     def update(group: UnitGroup) -> UnitGroup:
         keep = plan.get(group.name)
         spans = tuple(shift(span, keep) for span in group.spans)
-        readers = tuple(Reader(r.layer, shift(r.span, keep), r.axis, r.chunks, r.offset) for r in group.readers)
+        readers = tuple(replace(r, span=shift(r.span, keep)) for r in group.readers)
         return UnitGroup(group.name, spans, readers, group.pack, group.floor)
 
     return [update(group) for group in groups]

@@ -15,6 +15,7 @@ from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.profile import count_macs
 from lightning_slim.schedules import Schedule
+from lightning_slim.surgery import Example, find_work
 from tests.networks import Mixed, images, mixed_plan
 from tests.surgery.test_cut import NETWORKS, some
 
@@ -64,7 +65,7 @@ def test_a_budget_outside_0_and_1_is_refused(kind: type, fraction: float) -> Non
 @pytest.mark.parametrize("kind", BUDGETS)
 def test_budgets_grow_with_the_widths(kind: type) -> None:
     network, x = Mixed(), images(0)[0]
-    costs = Costs.of(network, find_groups(network, x), count_macs(network, (x,)))
+    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
     half = {name: units // 2 for name, units in costs.original.items()}
     assert 0 < kind().remaining(costs, half) < kind().remaining(costs, costs.original) == 1
 
@@ -74,7 +75,7 @@ def test_costs_foretell_the_cut_network(name: str) -> None:
     network, x = NETWORKS[name]()
     groups = find_groups(network, x)
     plan = some(groups)
-    costs = Costs.of(network, groups, count_macs(network, (x,)))
+    costs = Costs.of(network, groups, find_work(network, {"": Example((x,), samples=1)}))
     widths = {group: int(keep.sum()) for group, keep in plan.items()}
     remove_units(network, groups, plan)
     assert costs.params(widths) == sum(p.numel() for p in network.parameters())
@@ -85,7 +86,7 @@ def test_costs_of_the_mixed_network_and_through_a_checkpoint() -> None:
     network, x = Mixed(), images(0)[0]
     groups = find_groups(network, x)
     plan = mixed_plan(groups)
-    costs = Costs.from_state(Costs.of(network, groups, count_macs(network, (x,))).to_state())
+    costs = Costs.from_state(Costs.of(network, groups, find_work(network, {"": Example((x,), samples=1)})).to_state())
     widths = {group: int(keep.sum()) for group, keep in plan.items()}
     remove_units(network, groups, plan)
     assert costs.params(widths) == sum(p.numel() for p in network.parameters())

@@ -9,8 +9,8 @@ import torch
 
 from lightning_slim import MACs, Units, find_groups
 from lightning_slim.costs import Costs
-from lightning_slim.profile import count_macs
 from lightning_slim.selection import Selection, plan_for
+from lightning_slim.surgery import Example, find_work
 from lightning_slim.units import MIN_UNITS
 from tests.networks import Mixed, images
 
@@ -53,7 +53,7 @@ def test_levels_are_nested_and_end_at_the_floor_and_at_now(scope: str) -> None:
 @pytest.mark.parametrize("budget", [Units(0.5), MACs(0.5), Units(0.9), MACs(0.3)])
 def test_a_budget_is_kept_and_nearly_spent(scope: str, budget) -> None:
     network, x = Mixed((16, 24, 32), 40), images(0)[0]
-    costs = Costs.of(network, find_groups(network, x), count_macs(network, (x,)))
+    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
     importance = {name: torch.rand(units) for name, units in costs.original.items()}
     widths = Selection(scope).fit(budget.fraction, budget, costs, costs.original, importance)  # type: ignore[arg-type]
     assert budget.fraction * 0.93 < budget.remaining(costs, widths) <= budget.fraction

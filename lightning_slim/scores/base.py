@@ -21,10 +21,13 @@ class Reading(NamedTuple):
     Attributes:
         moments: of the units as they arrive there; with lags, the columns of unit `u` are its present and its past.
         weight: by which the layer multiplies each unit; several positions of a unit are several targets.
+        channels: of one unit, where these are variables of their own: the columns of `moments` are all of them, without
+            a past, and so are the rows of `weight`.
     """
 
     moments: Moments
-    weight: Float[Tensor, "units targets"]
+    weight: Float[Tensor, "columns targets"]
+    channels: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,18 +48,18 @@ class Granger(Score):
 def _regression(reading: Reading) -> Regression:
     """The reader's pre-activation is `weight' x`: its moments follow from those of x."""
     gram = reading.moments.covariance
-    units = reading.weight.shape[0]
-    present = gram.view(len(gram), units, -1)[:, :, 0]
+    columns = reading.weight.shape[0]
+    present = gram.view(len(gram), columns, -1)[:, :, 0]
     weight = _few_targets(reading.weight.to(gram))
     cross = present @ weight
-    variance = float((weight * cross.view(units, -1, weight.shape[1])[:, 0]).sum())
+    variance = float((weight * cross.view(columns, -1, weight.shape[1])[:, 0]).sum())
     return Regression(gram, cross, variance)
 
 
-def _few_targets(weight: Float[Tensor, "units targets"]) -> Float[Tensor, "units fewer"]:
-    """At most as many targets as units, with the same gains: they depend on `weight weight'` only."""
-    units, targets = weight.shape
-    if targets <= units:
+def _few_targets(weight: Float[Tensor, "columns targets"]) -> Float[Tensor, "columns fewer"]:
+    """At most as many targets as columns, with the same gains: they depend on `weight weight'` only."""
+    columns, targets = weight.shape
+    if targets <= columns:
         return weight
     values, vectors = torch.linalg.eigh(weight @ weight.T)
     fewer: Tensor = vectors * values.clamp_min(0).sqrt()
@@ -67,4 +67,5 @@ def _few_targets(weight: Float[Tensor, "units targets"]) -> Float[Tensor, "units
 
 
 def _variance(reading: Reading, units: int) -> Float[Tensor, "units"]:
-    return reading.moments.covariance.diagonal().view(units, -1)[:, 0].cpu()
+    of_columns = reading.moments.covariance.diagonal().view(units, reading.channels, -1)[:, :, 0]
+    return of_columns.sum(1).cpu()

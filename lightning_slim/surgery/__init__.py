@@ -5,6 +5,7 @@ from lightning_slim.surgery.cut import Cut, StructureChange, remove_units, resiz
 from lightning_slim.surgery.groups import Survey, find_groups, survey
 from lightning_slim.surgery.optimizer import migrate
 from lightning_slim.surgery.tracing import Example
+from lightning_slim.surgery.work import find_work
 
 __all__ = [
     "Cut",
@@ -12,6 +13,7 @@ __all__ = [
     "StructureChange",
     "Survey",
     "find_groups",
+    "find_work",
     "migrate",
     "recalibrate_batch_norm",
     "recalibrating",

@@ -38,6 +38,8 @@ def fold(
     columns = tensors[reader.span.tensor].movedim(reader.span.axis, 0)  # a view
     index = reader.span.index.to(columns.device)
     keep = keep.to(columns.device)
+    if reader.joint:  # every position is a variable of its own
+        index, keep = index.reshape(-1, 1), keep.repeat_interleave(index.shape[1])
     gone = columns[index[~keep]]  # removed, width, ...
     undo = [(columns, columns.clone())]
     if weight_too:

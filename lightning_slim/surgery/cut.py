@@ -104,13 +104,6 @@ def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     _replace(model, {id(t): _like(t, t.new_zeros(tuple(shapes[n]))) for n, t in changed.items()})
 
 
-def refresh(layer: nn.Module) -> None:
-    """Makes the attributes of a layer follow the shapes of its tensors."""
-    kind = layer_kind(layer)
-    if kind is not None:
-        kind.refresh(layer)
-
-
 def _positions_kept(
     model: nn.Module, groups: Mapping[str, UnitGroup], plan: Mapping[str, Tensor]
 ) -> list[tuple[str, Tensor, dict[int, Tensor]]]:
@@ -176,13 +169,18 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
 
 
 def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Puts new tensors in the place of old ones, wherever these are held; the layers' attributes follow."""
-    for module in model.modules():
-        changed = False
+    """Puts new tensors in the place of old ones, wherever these are held; attributes follow their shapes."""
+    layers: set[tuple[str, ...]] = set()
+    for path, module in model.named_modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if id(tensor) in new:
-                    held[name] = new[id(tensor)]  # type: ignore[assignment]
-                    changed = True
-        if changed:
-            refresh(module)
+                    held[name] = new[id(tensor)]
+                    parts = path.split(".") if path else []
+                    layers |= {tuple(parts[:depth]) for depth in range(len(parts) + 1)}
+    # Outer layers come first: those that are built of others, as attention is, learn from these how they were before.
+    for layer in sorted(layers, key=len):
+        module = model.get_submodule(".".join(layer))
+        kind = layer_kind(module)
+        if kind is not None:
+            kind.refresh(module)

@@ -7,7 +7,7 @@ together. Of torch-pruning, only the graph is used (see `tracing`); its pruners 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,23 +74,22 @@ def find_coupling(model: nn.Module, example: Example) -> Coupling:
     """
     graph, fixed = trace(model, example)
     names = {module: name for name, module in model.named_modules()}
+    owners = {node: _owner(graph, names, node) for node in graph.module2node.values()}
     components = []
     for points, astray in _components(graph):
         reason = "torch-pruning cannot follow its channels" if astray else ""
-        if any(point.role == "out" and point.node.grad_fn in fixed for point in points):
+        if any(role == "out" and node.grad_fn in fixed for node, role, _ in points):
             reason = "it reaches an input or an output of the network"
-        components.append(Component(list(_channels(graph, names, points)), reason))
+        channels = [Channel(owner[0], role, c, owner[1]) for node, role, c in points if (owner := owners[node])]
+        components.append(Component(channels, reason))
     return Coupling(components, _normalised_by(graph, names))
 
 
-def _channels(graph: Any, names: Mapping[nn.Module, str], points: list[_Point]) -> Iterator[Channel]:
-    """The points that are layers or parameters; the others are operations such as an addition."""
-    for node, role, index in points:
-        if isinstance(node.module, nn.Parameter):
-            name = graph._param_to_name[node.module].removeprefix("network.")
-            yield Channel(name, "out", index, node.pruning_dim)
-        elif node.module in names:
-            yield Channel(names[node.module], role, index)
+def _owner(graph: Any, names: Mapping[nn.Module, str], node: Any) -> tuple[str, int | None] | None:
+    """The layer of a node, or the parameter and its axis; None if it is an operation such as an addition."""
+    if isinstance(node.module, nn.Parameter):
+        return graph._param_to_name[node.module].removeprefix("network."), node.pruning_dim
+    return (names[node.module], None) if node.module in names else None
 
 
 def _normalised_by(graph: Any, names: Mapping[nn.Module, str]) -> dict[str, str]:
@@ -101,98 +100,102 @@ def _normalised_by(graph: Any, names: Mapping[nn.Module, str]) -> dict[str, str]
     }
 
 
-class _Point(NamedTuple):
-    """One channel of one side of one node of the graph."""
-
-    node: Any
-    role: Role
-    channel: int
+Side = tuple[Any, Role]  # a node of the graph, and one side of it
+Point = tuple[Any, Role, int]  # one channel of a side
 
 
 class _Points:
-    """Disjoint sets of points (union-find with path halving)."""
+    """Disjoint sets of channels of sides (union-find with path halving)."""
 
     def __init__(self) -> None:
-        self.ids: dict[_Point, int] = {}
+        self.ids: defaultdict[Side, dict[int, int]] = defaultdict(dict)  # side -> channel -> number of the point
         self.parent: list[int] = []
-        self.astray: set[_Point] = set()  # what they are coupled to could not be found out
+        self.astray: set[int] = set()  # what they are coupled to could not be found out
 
-    def add(self, point: _Point) -> bool:
-        """Whether the point is new."""
-        if point in self.ids:
+    def add(self, side: Side, channel: int) -> bool:
+        """Whether the channel is new there."""
+        known = self.ids[side]
+        if channel in known:
             return False
         if len(self.parent) >= MAX_POINTS:
             raise UntraceableError(f"it has more than {MAX_POINTS} coupled channels: an index mapping went astray")
-        self.ids[point] = len(self.parent)
+        known[channel] = len(self.parent)
         self.parent.append(len(self.parent))
         return True
 
-    def find(self, point: _Point) -> int:
-        i = self.ids[point]
-        while self.parent[i] != i:
-            self.parent[i] = i = self.parent[self.parent[i]]
+    def find(self, i: int) -> int:
+        parent = self.parent
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
         return i
 
-    def join(self, a: _Point, b: _Point) -> None:
-        self.parent[self.find(a)] = self.find(b)
 
-
-def _components(graph: Any) -> Iterator[tuple[list[_Point], bool]]:
+def _components(graph: Any) -> Iterator[tuple[list[Point], bool]]:
     """Every set of channels that must live or die together, and whether some of it may have been missed."""
     points = _Points()
     for module, node in list(graph.module2node.items()):
-        makes_channels = isinstance(module, nn.Module) and layer_kind(module) is not None
+        makes_channels = type(module) is not nn.Parameter and layer_kind(module) is not None
         if makes_channels:
-            count = graph.get_out_channels(module) or 0
-            _spread(graph, points, node, [_Point(node, "out", channel) for channel in range(count)])
-    components: defaultdict[int, list[_Point]] = defaultdict(list)
-    for point in points.ids:
-        components[points.find(point)].append(point)
-    yield from ((members, not points.astray.isdisjoint(members)) for members in components.values())
+            _spread(graph, points, node, range(graph.get_out_channels(module) or 0))
+    members: defaultdict[int, list[Point]] = defaultdict(list)
+    for (node, role), channels in points.ids.items():
+        for channel, i in channels.items():
+            members[points.find(i)].append((node, role, channel))
+    astray = {points.find(i) for i in points.astray}
+    yield from ((channels, root in astray) for root, channels in members.items())
 
 
-def _spread(graph: Any, points: _Points, node: Any, start: list[_Point]) -> None:
-    """Joins the points of `start` with all that they are coupled to, however far."""
+def _spread(graph: Any, points: _Points, node: Any, channels: Iterable[int]) -> None:
+    """Joins channels that a layer makes with all that they are coupled to, however far."""
     role: Role = "out"
-    frontier = [(node, role, [p.channel for p in start if points.add(p)])]
+    frontier = [(node, role, [c for c in channels if points.add((node, role), c)])]
     while frontier:
-        node, role, channels = frontier.pop()
-        for target, target_role, pairs in _edges(graph, points, node, role, channels):
-            fresh = []
+        node, role, start = frontier.pop()
+        here = points.ids[node, role]
+        for target, target_role, pairs in _edges(graph, points, node, role, start):
+            side = (target, target_role)
+            there, fresh = points.ids[side], []
             for source, reached in pairs:
-                point = _Point(target, target_role, reached)
-                if points.add(point):
+                if points.add(side, reached):
                     fresh.append(reached)
-                points.join(_Point(node, role, source), point)
+                points.parent[points.find(here[source])] = points.find(there[reached])
             if fresh:
                 frontier.append((target, target_role, fresh))
 
 
 def _edges(
     graph: Any, points: _Points, node: Any, role: Role, channels: list[int]
-) -> Iterator[tuple[Any, Role, list[tuple[int, int]]]]:
+) -> Iterator[tuple[Any, Role, Iterable[tuple[int, int]]]]:
     """The neighbours of some channels of one side of a node: (node, side, pairs of channel and neighbour)."""
     from torch_pruning._helpers import _HybridIndex
 
     trigger = _handler(graph, node, role)
     for dependency in node.dependencies:
         if dependency.trigger == trigger:
-            indices = [_HybridIndex(idx=c, root_idx=c) for c in channels]
-            try:
-                for mapping in dependency.index_mapping:
-                    if mapping is not None and not _slices_something_else(graph, mapping, node, dependency.target):
+            mappings = [
+                mapping
+                for mapping in dependency.index_mapping
+                if mapping is not None and not _slices_something_else(graph, mapping, node, dependency.target)
+            ]
+            pairs: Iterable[tuple[int, int]] = zip(channels, channels, strict=True)
+            if mappings:
+                indices = [_HybridIndex(idx=c, root_idx=c) for c in channels]
+                try:
+                    for mapping in mappings:
                         indices = mapping(indices)
-            except (IndexError, TypeError, ZeroDivisionError):  # torch-pruning's guess at a view or split does not fit
-                points.astray.update(_Point(node, role, channel) for channel in channels)
-                continue
-            pairs = [(i.root_idx, i.idx) for i in indices if i.root_idx is not None]
+                except (IndexError, TypeError, ZeroDivisionError):  # its guess at a view or split does not fit
+                    points.astray.update(points.ids[node, role][channel] for channel in channels)
+                    continue
+                pairs = [(i.root_idx, i.idx) for i in indices if i.root_idx is not None]
             yield dependency.target, _role(graph, dependency.target, dependency.handler), pairs
-    kind = layer_kind(node.module) if isinstance(node.module, nn.Module) else None
-    chunks = kind.chunks(node.module, role) if kind else 1
-    if chunks > 1:
-        total = graph.get_out_channels(node) if role == "out" else graph.get_in_channels(node)
-        step = total // chunks
-        yield node, role, [(c, c % step + chunk * step) for c in channels for chunk in range(chunks)]
+    kind = None if type(node.module) is nn.Parameter else layer_kind(node.module)
+    families = kind.families(node.module, role) if kind else None
+    if families is not None:
+        members: defaultdict[int, list[int]] = defaultdict(list)
+        for channel, family in enumerate(families.tolist()):
+            members[family].append(channel)
+        known = [c for c in channels if c < len(families)]
+        yield node, role, [(c, other) for c in known for other in members[int(families[c])]]
 
 
 def _slices_something_else(graph: Any, mapping: Any, *nodes: Any) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.surgery.graph import Channel, Component, Coupling, find_coupling
-from lightning_slim.surgery.layers import Place, layer_kind
+from lightning_slim.surgery.graph import Component, find_coupling
+from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
+from lightning_slim.surgery.layers.embedding import Embedding
 from lightning_slim.surgery.ties import half_tied, join_tied
 from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
 from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup
@@ -109,20 +111,20 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
     except UntraceableError as error:
         result.left_whole[prefix.rstrip(".") or type(model).__name__] = str(error)
         return result
+    network = _Network(model)
     units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
     for component in join_tied(model, coupling.components):
-        name, reason = _why_not(model, component)
+        name, reason = _why_not(network, component)
         if reason:
             result.left_whole.setdefault(prefix + name, reason)
         elif name:
-            unit = _Unit.of(model, component, coupling)
+            unit = _Unit.of(network, name, component)
             units[name, unit.form].append(unit)
-    order = {name: i for i, name in enumerate(dict(model.named_modules()))}
-    for name, form in sorted(units, key=lambda key: order[key[0]]):
-        _gather(model, name, units[name, form], prefix, result)
-    for name in order:
-        _add_inner(model, name, prefix, result)
-        _add_cells(model, name, prefix, result)
+    for name, form in sorted(units, key=lambda key: network.order[key[0]]):
+        _gather(model, name, units[name, form], coupling.normalised_by, prefix, result)
+    for name in network.order:
+        _add_inner(network, name, prefix, result)
+        _add_cells(network, name, prefix, result)
     return result
 
 
@@ -152,53 +154,85 @@ def _not_here(model: nn.Module, group: UnitGroup, nested: Sequence[str]) -> str:
     return half_tied(model, group.spans)
 
 
-def _why_not(model: nn.Module, component: Component) -> tuple[str, str]:
+class _Network:
+    """A model, and what is asked of its layers for every channel."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.order = {name: i for i, name in enumerate(self.modules)}
+        self._kinds: dict[str, LayerKind | None] = {}
+        self._strange: dict[str, str] = {}
+        self._places: dict[tuple[str, Role], list[tuple[Site, list[int]]]] = {}
+
+    def kind(self, layer: str) -> LayerKind | None:
+        """The kind that speaks for a layer."""
+        if layer not in self._kinds:
+            self._kinds[layer] = layer_kind(self.modules[layer])
+        return self._kinds[layer]
+
+    def places(self, layer: str, role: Role) -> list[tuple[Site, list[int]]]:
+        """Where the channels of one side of a layer live: the site, and the position of every channel there."""
+        if (layer, role) not in self._places:
+            kind, module = self.kind(layer), self.modules[layer]
+            places = kind.places(module, role) if kind is not None else ()
+            self._places[layer, role] = [
+                ((_join(layer, place.tensor), place.axis, place.role or role), place.index.tolist()) for place in places
+            ]
+        return self._places[layer, role]
+
+    def strange(self, layer: str) -> str:
+        """Why a layer cannot be cut; empty if it can."""
+        if layer not in self._strange:
+            module = self.modules[layer]
+            reason = ""
+            if self.kind(layer) is None:
+                reason = f"it meets {layer}, and {type(module).__name__} is not understood"
+            elif _is_parametrized(module):
+                reason = f"{layer} is parametrized: remove the parametrization, or leave it whole"
+            self._strange[layer] = reason
+        return self._strange[layer]
+
+    def makes_channels(self, layer: str) -> bool:
+        """Linear layers, convolutions and embeddings do; normalisations and activations carry them."""
+        kind = self.kind(layer)
+        return isinstance(kind, Embedding) or (kind is not None and kind.channel_axis is not None)
+
+
+def _why_not(network: _Network, component: Component) -> tuple[str, str]:
     """The layer that makes a component's channels (empty if none does), and why they must stay (empty if not)."""
-    kinds = {c.owner: layer_kind(model.get_submodule(c.owner)) for c in component.channels if c.axis is None}
-    makers = [c.owner for c in component.channels if c.role == "out" and _makes_channels(model, c)]
-    name = min(makers, key=list(dict(model.named_modules())).index, default="")
-    unknown = next((owner for owner, kind in kinds.items() if kind is None), None)
-    if unknown is not None:
-        return (
-            name,
-            f"it meets {unknown}, and {type(model.get_submodule(unknown)).__name__} is not understood",
-        )
+    layers = dict.fromkeys(c.owner for c in component.channels if c.axis is None)
+    makers = (c.owner for c in component.channels if c.axis is None and c.role == "out")
+    name = min((layer for layer in makers if network.makes_channels(layer)), key=network.order.__getitem__, default="")
+    reason = next(filter(None, map(network.strange, layers)), "")
+    if reason:
+        return name, reason
     for channel in component.channels:
-        reason = _cannot_be_followed(model, channel)
-        if reason:
-            return name, reason
+        if channel.axis is not None:
+            followed = channel.number < network.model.get_parameter(channel.owner).shape[channel.axis]
+        else:
+            followed = all(channel.number < len(at) for _, at in network.places(channel.owner, channel.role))
+        if not followed:
+            return name, f"its channels could not be followed to {channel.owner}"
     return name, component.fixed
 
 
-def _cannot_be_followed(model: nn.Module, channel: Channel) -> str:
-    """Why a channel cannot be found in its layer's tensors; empty if it can."""
-    if channel.axis is not None:
-        size = model.get_parameter(channel.owner).shape[channel.axis]
-        return "" if channel.number < size else f"its channels could not be followed to {channel.owner}"
-    module = model.get_submodule(channel.owner)
-    if is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
-        return f"{channel.owner} is parametrized: remove the parametrization, or leave it whole"
-    kind = layer_kind(module)
-    places = kind.places(module, channel.role) if kind is not None else []
-    fits = all(channel.number < len(place.index) for place in places)
-    return "" if fits else f"its channels could not be followed to {channel.owner}"
-
-
-def _makes_channels(model: nn.Module, channel: Channel) -> bool:
-    """Linear layers, convolutions and embeddings do; normalisations and activations carry them."""
-    if channel.axis is not None:
-        return False
-    module = model.get_submodule(channel.owner)
-    kind = layer_kind(module)
-    return isinstance(module, nn.Embedding) or (kind is not None and kind.channel_axis is not None)
+def _is_parametrized(module: nn.Module) -> bool:
+    return any(is_parametrized(m) or hasattr(m, "weight_g") or hasattr(m, "weight_orig") for m in module.modules())
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """The positions that one unit owns, and the layers that read it."""
+    """The positions that one unit owns.
+
+    Attributes:
+        places: positions at each site.
+        read: the sites that layers read it by -> whether its positions there are variables of their own.
+        order: among the units of its group.
+    """
 
     places: dict[Site, list[int]]
-    readers: dict[str, Reader]  # their spans are filled in once the whole group is known
+    read: dict[Site, bool]
     order: int
 
     @property
@@ -207,50 +241,55 @@ class _Unit:
         return tuple(sorted((*site, len(at)) for site, at in self.places.items()))
 
     @classmethod
-    def of(cls, model: nn.Module, component: Component, coupling: Coupling) -> _Unit:
+    def of(cls, network: _Network, maker: str, component: Component) -> _Unit:
         places: defaultdict[Site, set[int]] = defaultdict(set)
-        readers: dict[str, Reader] = {}
+        read: dict[Site, None] = {}
         for channel in component.channels:
             if channel.axis is not None:
                 places[channel.owner, channel.axis, "out"].add(channel.number)
                 continue
-            module = model.get_submodule(channel.owner)
-            kind = layer_kind(module)
-            assert kind is not None
-            for place in kind.places(module, channel.role):
-                role = place.role or channel.role
-                site = (_join(channel.owner, place.tensor), place.axis, role)
-                position = int(place.index[channel.number])
-                if position < 0:
-                    continue
-                places[site].add(position)
-                if channel.role == "in" and kind.channel_axis is not None:
-                    readers[site[0]] = _reader(model, channel.owner, site, coupling)
+            kind = network.kind(channel.owner)
+            for site, at in network.places(channel.owner, channel.role):
+                if at[channel.number] >= 0:
+                    places[site].add(at[channel.number])
+                    if channel.role == "in" and kind is not None and kind.channel_axis is not None:
+                        read[site] = None
+        # Several channels of the layer that makes them are variables of their own; several positions of one channel,
+        # as behind a flatten, are repetitions.
+        made = sum(c.owner == maker and c.role == "out" and c.axis is None for c in component.channels)
         return cls(
             {site: sorted(at) for site, at in places.items()},
-            readers,
+            {site: len(places[site]) == made > 1 for site in read},
             min(c.number for c in component.channels),
         )
 
 
-def _reader(model: nn.Module, layer: str, site: Site, coupling: Coupling) -> Reader:
-    module, norm = model.get_submodule(layer), coupling.normalised_by.get(layer)
-    offset = None
+def _reader(model: nn.Module, span: Span, normalised_by: Mapping[str, str], prefix: str, joint: bool) -> Reader:
+    """The layer that reads units by a span; `model` and `normalised_by` know it without the prefix."""
+    layer, _, leaf = span.tensor.removeprefix(prefix).rpartition(".")
+    module, norm = model.get_submodule(layer), normalised_by.get(layer)
     kind = layer_kind(module)
     assert kind is not None
-    bias = kind.bias_of(module, site[0].rpartition(".")[2])
-    if site[1] == 0:
-        pass  # a transposed convolution spreads a constant unevenly over its outputs: no bias can take it
+    assert kind.channel_axis is not None
+    offset, bias = None, kind.bias_of(module, leaf)
+    if isinstance(module, _ConvTransposeNd):
+        pass  # it spreads a constant unevenly over its outputs: no bias can take it
     elif bias is not None:
-        offset = _join(layer, bias)
+        offset = prefix + _join(layer, bias)
     elif norm is not None and getattr(model.get_submodule(norm), "running_mean", None) is not None:
-        offset = _join(norm, "running_mean")
-    axis = kind.channel_axis
-    chunks = getattr(module, "groups", 1) if site[1] == 1 else 1
-    return Reader(layer, Span(site[0], site[1], torch.empty(0, 0, dtype=torch.long), "in"), axis, chunks, offset)  # type: ignore[arg-type]
+        offset = prefix + _join(norm, "running_mean")
+    chunks = getattr(module, "groups", 1) if span.axis == 1 else 1
+    return Reader(prefix + layer, span, kind.channel_axis, chunks, offset, joint)
 
 
-def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, result: Survey) -> None:
+def _gather(
+    model: nn.Module,
+    name: str,
+    members: list[_Unit],
+    normalised_by: Mapping[str, str],
+    prefix: str,
+    result: Survey,
+) -> None:
     """Makes one group of units of one form, or says why not."""
     members = sorted(members, key=lambda unit: unit.order)
     index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
@@ -261,36 +300,36 @@ def _gather(model: nn.Module, name: str, members: list[_Unit], prefix: str, resu
         result.left_whole.setdefault(prefix + name, reason or few)
         return
     readers = tuple(
-        replace(
-            reader,
-            layer=prefix + reader.layer,
-            span=spans[reader.span.tensor, reader.span.axis, "in"],
-            offset=prefix + reader.offset if reader.offset else None,
-        )
-        for reader in members[0].readers.values()
+        _reader(model, spans[site], normalised_by, prefix, joint) for site, joint in members[0].read.items()
     )
     taken = sum(group.name.split("#")[0] == prefix + name for group in result.groups)
     unique = f"{prefix}{name}#{taken + 1}" if taken else prefix + name
     result.groups.append(UnitGroup(unique, tuple(spans.values()), readers))
 
 
-def _add_inner(model: nn.Module, name: str, prefix: str, result: Survey) -> None:
+def _add_inner(network: _Network, name: str, prefix: str, result: Survey) -> None:
     """Adds the groups that are not seen from outside a layer, and packs what must keep the same number of units."""
-    module = model.get_submodule(name)
-    kind = layer_kind(module)
-    units = kind.pack(module) if kind is not None else 0
-    if kind is None or not units:
+    kind, module = network.kind(name), network.model.get_submodule(name)
+    inner = [_inner_group(network.model, name, *inner, prefix) for inner in kind.inner(module)] if kind else []
+    pack = kind.pack(module) if kind else 0
+    if not pack:
+        for group in inner:
+            few = f"it has {group.size} units, and {MIN_UNITS} must stay" if group.size <= MIN_UNITS else ""
+            reason = half_tied(network.model, group.spans, prefix) or few
+            if reason:
+                result.left_whole.setdefault(group.name, reason)
+            else:
+                result.groups.append(group)
         return
     layer = (prefix + name).rstrip(".")
-    inner = [_inner_group(layer, part, places) for part, places in kind.inner(module)]
     mine = [group for group in result.groups if _parts(group, layer)]
     packs = {group.pack for group in mine if group.pack}  # of other layers that make the same units
     seen = [group for group in result.groups if group in mine or group.pack in packs]
     together = [*seen, *inner]
     result.groups = [group for group in result.groups if group not in seen]
     owned = sum(group.size * _parts(group, layer) for group in mine) + sum(group.size for group in inner)
-    reason = next(filter(None, (half_tied(model, group.spans, prefix) for group in inner)), "")
-    if owned != units or len({group.size for group in together}) != 1:
+    reason = next(filter(None, (half_tied(network.model, group.spans, prefix) for group in inner)), "")
+    if owned != pack or len({group.size for group in together}) != 1:
         reason = "its layers and directions must keep as many units each, and not all of them can be cut"
     if reason:
         for left in (layer, *(group.name for group in seen)):
@@ -299,31 +338,35 @@ def _add_inner(model: nn.Module, name: str, prefix: str, result: Survey) -> None
         result.groups += [replace(group, pack=min(packs, default=layer)) for group in together]
 
 
-def _add_cells(model: nn.Module, name: str, prefix: str, result: Survey) -> None:
+def _add_cells(network: _Network, name: str, prefix: str, result: Survey) -> None:
     """Adds the groups of cells behind the projections of a layer, packed."""
-    module = model.get_submodule(name)
-    kind = layer_kind(module)
+    kind, module = network.kind(name), network.model.get_submodule(name)
     if kind is None:
         return
-    layer, floor = (prefix + name).rstrip("."), kind.min_cells(module)
-    pack = _join(layer, "cells")
-    groups = [_inner_group(layer, part, places, pack, floor) for part, places in kind.cells(module)]
+    pack, floor = _join((prefix + name).rstrip("."), "cells"), kind.min_cells(module)
+    groups = [_inner_group(network.model, name, *cells, prefix) for cells in kind.cells(module)]
     for group in groups:
         few = f"it has {group.size} cells, and {floor} must stay" if group.size <= floor else ""
-        reason = half_tied(model, group.spans, prefix) or few
+        reason = half_tied(network.model, group.spans, prefix) or few
         if reason:
             result.left_whole[pack] = reason
             return
-    result.groups += groups
+    result.groups += [replace(group, pack=pack, floor=floor) for group in groups]
 
 
-def _inner_group(layer: str, part: str, places: Sequence[Place], pack: str = "", floor: int = MIN_UNITS) -> UnitGroup:
+def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Place], prefix: str) -> UnitGroup:
+    """A group inside a layer; those of its own layers that are called read it."""
     sites: dict[Site, list[Tensor]] = {}
     for place in places:
         site = (_join(layer, place.tensor), place.axis, place.role or "out")
-        sites.setdefault(site, []).append(place.index)
-    spans = tuple(Span(t, axis, torch.stack(at, 1), role) for (t, axis, role), at in sites.items())
-    return UnitGroup(_join(layer, part), spans, pack=pack, floor=floor)
+        sites.setdefault(site, []).append(place.index.reshape(len(place.index), -1))
+    spans, readers = [], []
+    for site, at in sites.items():
+        tensor, axis, role = site
+        spans.append(Span(prefix + tensor, axis, torch.cat(at, 1), role))
+        if role == "in" and tensor.rpartition(".")[0] != layer:
+            readers.append(_reader(model, spans[-1], {}, prefix, joint=spans[-1].index.shape[1] > 1))
+    return UnitGroup(f"{_join(prefix.rstrip('.'), layer)}.{inner}".lstrip("."), tuple(spans), tuple(readers))
 
 
 def _parts(group: UnitGroup, layer: str) -> int:

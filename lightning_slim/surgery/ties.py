@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_slim.surgery.cut import refresh
 from lightning_slim.surgery.graph import Channel, Component
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.units import Role, Span, named_tensors
@@ -63,7 +62,7 @@ class _Owned:
     def __init__(self, model: nn.Module) -> None:
         self.tied = {name: tensor for tensor, names in tied_names(model).items() for name in names}
         self.places: dict[tuple[str, Role], list[tuple[int, int, list[int]]]] = {}
-        for layer in {name.rpartition(".")[0] for name in self.tied}:
+        for layer in {layer for name in self.tied for layer in _around(name)}:
             module = model.get_submodule(layer)
             kind = layer_kind(module)
             prefix = f"{layer}." if layer else ""
@@ -82,6 +81,12 @@ class _Owned:
         for tensor, along, index in self.places.get((owner, role), ()):
             if number < len(index) and index[number] >= 0:
                 yield tensor, along, index[number]
+
+
+def _around(name: str) -> list[str]:
+    """The layers that a tensor lies in: one may be built of others, as attention is."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
 def half_tied(model: nn.Module, spans: Iterable[Span], prefix: str = "") -> str:
@@ -108,7 +113,7 @@ def _holder(model: nn.Module, name: str) -> tuple[int, str]:
 
 
 @contextmanager
-def apart(model: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
+def untied(model: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
     """Tied parameters have a tensor of their own under every name, for the time being."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {id(parameters[name]) for name in tensors if name in parameters}
@@ -127,4 +132,6 @@ def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     layer, _, leaf = name.rpartition(".")
     module = model.get_submodule(layer)
     module._parameters[leaf] = parameter
-    refresh(module)
+    kind = layer_kind(module)
+    if kind is not None:
+        kind.refresh(module)

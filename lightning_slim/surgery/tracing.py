@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.eager import eagerly
-from lightning_slim.surgery.layers.recurrent import opaque
+from lightning_slim.surgery.layers import LayerKind, layer_kind
 
 
 class Example(NamedTuple):
@@ -59,9 +59,9 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
 
     for leaf in tree_leaves(tuple(example)):
         traced.announce(leaf)
-    widths: dict[Any, Any] = {type(m): _RecurrentWidth() for m in model.modules() if isinstance(m, nn.RNNBase)}
-    widths[_Input] = _InputWidth()
-    with untouched(model), opaque(model):
+    widths: dict[Any, Any] = {_Input: _InputWidth()}
+    with untouched(model), _opaque(model) as kinds:
+        widths.update({type(m): (_Carried if k.channel_axis is None else _Width)(k) for m, k in kinds.items()})
         network_fails = True
 
         def forward(*_: Any) -> Any:
@@ -216,20 +216,53 @@ class _InputWidth:
     get_in_channels = get_out_channels
 
 
-class _RecurrentWidth:
-    """What torch-pruning asks of a layer, of a recurrent one: its own pruners know neither layers nor directions."""
+class _Width:
+    """What torch-pruning asks of a layer, of an opaque one."""
 
-    def prune_out_channels(self, layer: nn.RNNBase, indices: Any) -> nn.RNNBase:
+    def __init__(self, kind: LayerKind) -> None:
+        self.kind = kind
+
+    def prune_out_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
         return layer
 
-    def prune_in_channels(self, layer: nn.RNNBase, indices: Any) -> nn.RNNBase:
+    def prune_in_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
         return layer
 
-    def get_out_channels(self, layer: nn.RNNBase) -> int:
-        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return len(self.kind.places(layer, "out")[0].index)
 
-    def get_in_channels(self, layer: nn.RNNBase) -> int:
-        return layer.input_size
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return len(self.kind.places(layer, "in")[0].index)
+
+
+class _Carried(_Width):
+    """The same, of a layer that only carries channels: what goes in comes out."""
+
+    prune_in_channels = _Width.prune_out_channels
+
+
+@contextmanager
+def _opaque(model: nn.Module) -> Iterator[dict[nn.Module, LayerKind]]:
+    """While tracing, some layers are single nodes; these, and their kinds, are handed out.
+
+    torch-pruning knows classes, not instances: a class counts if all of its instances in the model are understood.
+    """
+    kinds = {module: kind for module in model.modules() if (kind := layer_kind(module)) is not None and kind.opaque}
+    strange = {type(module) for module in model.modules() if module not in kinds}
+    kinds = {module: kind for module, kind in kinds.items() if type(module) not in strange}
+    hidden = {m for layer in kinds for m in layer.modules() if m is not layer}
+    kinds = {module: kind for module, kind in kinds.items() if module not in hidden}
+    before = {layer: layer.__dict__.get("forward") for layer in kinds}
+    for layer, kind in kinds.items():
+        layer.__dict__["forward"] = kind.stand_in(layer)
+    try:
+        yield kinds
+    finally:
+        for layer, forward in before.items():
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward
 
 
 class _Traced(nn.Module):

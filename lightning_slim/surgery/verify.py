@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.surgery.ties import apart
+from lightning_slim.surgery.ties import untied
 from lightning_slim.surgery.tracing import Example, untouched
-from lightning_slim.units import Plan, UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
 
@@ -22,8 +24,10 @@ Calls = Mapping[str, Example]  # dotted name of a network -> one call of it
 
 
 def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
-    """Tries every group (or pack of groups) alone: cuts half of its units, compares, and puts them back.
+    """Tries every group: cuts about half of its units, compares, and puts them back.
 
+    All are tried together first. If that fails, each half of them is, and so on, down to single groups (or packs).
+    Groups that are tried together keep different fractions, so that none passes only because another shrinks alike.
     Small weights are made larger for the trial, so that a quiet branch cannot hide a wrong cut.
 
     Args:
@@ -34,17 +38,64 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
     Returns:
         Group name -> why it cannot be cut, for those that cannot.
     """
-    reasons = {}
+    packs: dict[str, list[UnitGroup]] = {}
+    for group in groups:
+        packs.setdefault(group.pack or group.name, []).append(group)
+
+    def unfit(together: list[list[UnitGroup]]) -> dict[str, str]:
+        plan = _alone(*together) if len(together) == 1 else _apart(together)
+        reason = compare(model, groups, plan, calls) if plan else ""
+        if not reason or len(together) == 1:
+            return dict.fromkeys(plan, reason) if reason else {}
+        middle = len(together) // 2
+        return unfit(together[:middle]) | unfit(together[middle:])
+
     with _loud(model):
-        packs: dict[str, list[UnitGroup]] = {}
-        for group in groups:
-            packs.setdefault(group.pack or group.name, []).append(group)
-        for members in packs.values():
-            plan = Plan({group.name: _half(group).roll(i) for i, group in enumerate(members)})
-            reason = compare(model, groups, plan, calls)
-            if reason:
-                reasons.update(dict.fromkeys(plan, reason))
-    return reasons
+        return unfit(list(packs.values()))
+
+
+def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, str], calls: Calls) -> dict[str, str]:
+    """Tries heads that cannot be cut alone together with the channels that they read and make.
+
+    Attention that is written as `x.view(..., heads, channels // heads)` takes the width of its input for that of its
+    heads: both must keep the same fraction of their units.
+
+    Args:
+        model: the module that `groups` were found in; left as it was.
+        groups: all groups of the model.
+        unfit: those that cannot be cut alone; what `vet` returned.
+        calls: the networks of the model, each with one call.
+
+    Returns:
+        Group name -> pack, of those that can be cut together.
+    """
+    packs: dict[str, str] = {}
+    alone = [group for group in groups if group.name in unfit and not group.pack]
+    with _loud(model):
+        for stream in alone:
+            members = [stream, *(group for group in alone if _fills(group, stream))]
+            steps = min(group.size for group in members)
+            if steps == stream.size or steps <= MIN_UNITS or any(group.size % steps for group in members):
+                continue
+            plan = {group.name: _spread(group.size, steps // 2 * (group.size // steps)) for group in members}
+            if not compare(model, groups, plan, calls):
+                packs.update(dict.fromkeys(plan, stream.name))
+    return packs
+
+
+def _fills(heads: UnitGroup, stream: UnitGroup) -> bool:
+    """Whether a group is made of the channels of another one, and is as wide as these."""
+    made_of = {span.tensor for span in heads.spans if span.role == "out"}
+    reads = any(span.tensor in made_of for span in stream.spans if span.role == "in")
+    wide = any(span.index.numel() == stream.size for span in heads.spans if span.role == "in")
+    return reads and wide and heads is not stream
+
+
+def _spread(units: int, kept: int) -> Bool[Tensor, "units"]:
+    """Keeps some units, evenly spread."""
+    keep = torch.zeros(units, dtype=torch.bool)
+    keep[torch.linspace(0, units - 1, kept).round().long()] = True
+    return keep
 
 
 def compare(
@@ -61,7 +112,7 @@ def compare(
     modes = {module: module.training for module in model.modules()}
     with untouched(model):
         read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
-        with _unmixed(model), apart(model, read), _unread(model, groups, plan):
+        with _unmixed(model), untied(model, read), _unread(model, groups, plan):
             before = _outputs(model, calls)
             trains = any(modes.values()) and _runs(model, calls, modes)
         cuts = remove_units(model, groups, plan)
@@ -95,11 +146,30 @@ def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bo
     return True
 
 
-def _half(group: UnitGroup) -> Bool[Tensor, "units"]:
+def _alone(members: Sequence[UnitGroup]) -> Plan:
     """Keeps every other unit, in pairs: neither halves nor a parity hide a mistake. More, where more must stay."""
-    keep = torch.arange(group.size) % 4 < 2
-    keep[(~keep).nonzero().flatten()[: max(group.floor - int(keep.sum()), 0)]] = True
-    return keep
+    plan = Plan()
+    for i, group in enumerate(members):
+        keep = torch.arange(group.size) % 4 < 2
+        keep[(~keep).nonzero().flatten()[: max(group.floor - int(keep.sum()), 0)]] = True
+        plan[group.name] = keep.roll(i)
+    return plan
+
+
+def _apart(together: Sequence[Sequence[UnitGroup]]) -> Plan:
+    """Keeps a bit more than half of every pack's units, another fraction of each as far as there are."""
+    plan, turns, draw = Plan(), Counter[int](), torch.Generator().manual_seed(0)
+    for members in together:
+        size = members[0].size
+        # A fraction in lowest terms is that of no smaller group; of groups of one size, each takes another.
+        least = max(size // 2 + 1, *(group.floor for group in members))
+        counts = [n for n in range(least, size) if math.gcd(n, size) == 1]
+        counts = counts[: max(len(counts) // 2, 1)]
+        kept = counts[turns[size] % len(counts)]
+        turns[size] += 1
+        for group in members:
+            plan[group.name] = torch.randperm(size, generator=draw) < kept
+    return plan
 
 
 def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:

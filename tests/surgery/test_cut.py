@@ -158,7 +158,7 @@ NETWORKS = {
         ),
         torch.randn(3, 5),
     ),
-    "MLP of an attention block": lambda: (
+    "heads and MLP of attention blocks": lambda: (
         nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False),
         torch.randn(2, 5, 16),
     ),

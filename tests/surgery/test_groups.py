@@ -76,10 +76,18 @@ def test_keyword_and_several_inputs() -> None:
 
 
 def test_what_is_not_understood_is_left_whole_with_the_reason() -> None:
-    network, x = NETWORKS["MLP of an attention block"]()
-    found = survey(network, x)
-    assert [group.name for group in found.groups] == ["layers.0.linear1", "layers.1.linear1"]
-    assert "MultiheadAttention is not understood" in found.left_whole["layers.0.linear2"]
+    attention = nn.MultiheadAttention(16, 4, kdim=8, vdim=8, batch_first=True)  # its weights have three shapes
+    network = Net(
+        lambda s, x, y: s.o(F.relu(s.h(s.attention(s.a(x), s.b(y), s.b(y))[0]))),
+        attention=attention,
+        a=nn.Linear(5, 16),
+        b=nn.Linear(5, 8),
+        h=nn.Linear(16, 7),
+        o=nn.Linear(7, 3),
+    )
+    found = survey(network, (torch.randn(2, 4, 5), torch.randn(2, 6, 5)))
+    assert [group.name for group in found.groups] == ["h"]
+    assert "MultiheadAttention is not understood" in found.left_whole["a"]
 
 
 def test_a_weight_tied_to_the_output_is_left_whole() -> None:

@@ -246,7 +246,7 @@ def left_whole() -> dict[str, tuple[nn.Module, Tensor, str]]:
     functional = Net(lambda s, x: F.linear(s.l(s.e(x)), s.e.weight), e=nn.Embedding(17, 8), l=nn.Linear(8, 8))
     beside = Net(lambda s, x: s.d(s.e(x)), e=nn.Embedding(17, 8), d=nn.Linear(8, 17), other=nn.Module())
     beside.d.weight = beside.other.weight = beside.e.weight
-    levels = Net(lambda s, x: s.o(s.r(x)[0]), r=nn.LSTM(6, 6, num_layers=2), o=nn.Linear(6, 2))
+    levels = Net(lambda s, x: s.o(s.r(x)[0]), r=nn.LSTM(6, 6, num_layers=3), o=nn.Linear(6, 2))
     levels.r.weight_hh_l1 = levels.r.weight_hh_l0
     some_units = Net(
         lambda s, x: s.d((y := s.r(s.e(x))[0])[..., :6]) + s.o(y),

@@ -45,6 +45,21 @@ class Attention(nn.Module):
         return self.out(h.transpose(1, 2).reshape(n, t, c))
 
 
+class HeadedAttention(nn.Module):
+    """The same as timm writes it: the width of the heads is the layer's own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, width // heads, width
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(1, 2).reshape(n, t, self.attn_dim))
+
+
 class MultiHead(nn.Module):
     """torch's own attention as self-attention."""
 
@@ -115,10 +130,10 @@ class Swin(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 8, 4, 4)
-        first = [block(8, WindowAttention(8, 2, shift)) for shift in (0, 2)]
-        self.stages = nn.Sequential(*first, Merge(8), block(16, WindowAttention(16, 2, 0)))
-        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 10)
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        first = [block(12, WindowAttention(12, 4, shift)) for shift in (0, 2)]
+        self.stages = nn.Sequential(*first, Merge(12), block(24, WindowAttention(24, 4, 0)))
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.patches(x).permute(0, 2, 3, 1))
@@ -156,6 +171,23 @@ def encoder(norm_first: bool) -> nn.Module:
     return nn.Sequential(
         nn.Linear(6, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3)
     )
+
+
+class Translator(nn.Module):
+    """torch's own decoder over an encoded sequence (Vaswani et al., 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(50, 16), nn.Embedding(50, 16)
+        encoder, decoder = (
+            kind(16, 4, 32, batch_first=True) for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+        )
+        self.encoder = nn.TransformerEncoder(encoder, 1, enable_nested_tensor=False)
+        self.decoder, self.head = nn.TransformerDecoder(decoder, 2), nn.Linear(16, 50)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.head(self.decoder(self.target(target), self.encoder(self.source(source)), tgt_mask=mask))
 
 
 class GPT(nn.Module):
@@ -199,9 +231,14 @@ ATTENTION: dict[str, Builder] = {
     "Swin": lambda: (Swin(), image()),
     "MLP-Mixer": lambda: (Mixer(), image()),
     "ViT, fused qkv": lambda: (ViT(16, nn.Sequential(*[block(16, Attention(16, 4)) for _ in range(2)])), image()),
+    "ViT, heads of a width": lambda: (ViT(16, block(16, HeadedAttention(16, 4))), image()),
     "ViT, MultiheadAttention": lambda: (ViT(16, block(16, MultiHead(16, 4))), image()),
     "TransformerEncoder, norm first": lambda: (encoder(True), Example((torch.randn(2, 7, 6),))),
     "TransformerEncoder, norm last": lambda: (encoder(False), Example((torch.randn(2, 7, 6),))),
+    "encoder and decoder": lambda: (
+        Translator(),
+        Example((torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 7)))),
+    ),
     "GPT": lambda: (GPT(tied=False), tokens()),
     "GPT, tied": lambda: (GPT(tied=True), tokens()),
     "CCT": lambda: (CCT(), image()),

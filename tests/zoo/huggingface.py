@@ -13,6 +13,9 @@ from tests.zoo.blocks import Builder
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 
 
+BART = {"attention_heads": 4, "ffn_dim": 32}
+
+
 def tokens() -> torch.Tensor:
     """Two sentences of seven tokens."""
     return torch.randint(0, 40, (2, 7))
@@ -50,9 +53,31 @@ def gpt2() -> tuple[torch.nn.Module, Example]:
 
 
 def llama() -> tuple[torch.nn.Module, Example]:
-    """Decoder with rotary positions, a gated MLP, and two heads of keys for four of queries."""
-    settings = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 32, "use_cache": False}
+    """Decoder with rotary positions, a gated MLP, and four heads of keys for eight of queries."""
+    settings = {**SIZES, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "use_cache": False}
+    settings |= {"max_position_embeddings": 32}
     return build("LlamaForCausalLM", "LlamaConfig", settings, input_ids=tokens())
+
+
+def neox() -> tuple[torch.nn.Module, Example]:
+    """Decoder whose queries, keys and values are interleaved head by head."""
+    settings = {**SIZES, "max_position_embeddings": 32, "use_cache": False}
+    return build("GPTNeoXForCausalLM", "GPTNeoXConfig", settings, input_ids=tokens())
+
+
+def bart() -> tuple[torch.nn.Module, Example]:
+    """Encoder and decoder with cross-attention, which share their embedding."""
+    settings = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "use_cache": False}
+    settings |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens()}
+    return build("BartForConditionalGeneration", "BartConfig", settings, **inputs)
+
+
+def swin() -> tuple[torch.nn.Module, Example]:
+    """Windows with biases of positions for every head, in two stages."""
+    settings = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [4, 4]}
+    settings |= {"window_size": 4, "mlp_ratio": 2.0}
+    return build("SwinForImageClassification", "SwinConfig", settings, pixel_values=torch.randn(2, 3, 32, 32))
 
 
 def t5() -> tuple[torch.nn.Module, Example]:
@@ -69,5 +94,8 @@ HUGGINGFACE: dict[str, Builder] = {
     "ViT (transformers)": vit,
     "GPT-2 (transformers)": gpt2,
     "LLaMA (transformers)": llama,
+    "GPT-NeoX (transformers)": neox,
+    "BART (transformers)": bart,
+    "Swin (transformers)": swin,
     "T5 (transformers)": t5,
 }

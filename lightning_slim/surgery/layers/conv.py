@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, present
+from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, in_runs, present
 from lightning_slim.units import Role
 
 
@@ -34,9 +35,10 @@ class Conv(LayerKind):
             return [Place("weight", 1, index % (layer.out_channels // layer.groups)), *bias]
         return [Place("weight", 0, index), *bias]
 
-    def chunks(self, layer: nn.Module, role: Role) -> int:
+    def families(self, layer: nn.Module, role: Role) -> Int[Tensor, "channels"] | None:
         assert isinstance(layer, _ConvNd)
-        return 1 if is_depthwise(layer) else layer.groups
+        channels = layer.in_channels if role == "in" else layer.out_channels
+        return None if is_depthwise(layer) else in_runs(channels, layer.groups)
 
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, _ConvNd)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, present
+from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, in_runs, present
 from lightning_slim.units import Role
 
 
@@ -39,9 +40,9 @@ class GroupNorm(LayerKind):
         assert isinstance(layer, nn.GroupNorm)
         return present(layer, ("weight", "bias"), 0, every_channel(layer.num_channels))
 
-    def chunks(self, layer: nn.Module, role: Role) -> int:
+    def families(self, layer: nn.Module, role: Role) -> Int[Tensor, "channels"] | None:
         assert isinstance(layer, nn.GroupNorm)
-        return layer.num_groups
+        return in_runs(layer.num_channels, layer.num_groups)
 
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.GroupNorm)
@@ -66,3 +67,24 @@ class LayerNorm(LayerKind):
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
         layer.normalized_shape = tuple(layer.weight.shape)
+
+
+class LayerNormLike(LayerKind):
+    """Layer and RMS normalisations of other libraries, told by their name: one weight a channel, perhaps a bias."""
+
+    mixes_channels: ClassVar[bool] = True
+    opaque: ClassVar[bool] = True
+
+    def speaks_for(self, module: nn.Module) -> bool:
+        named = type(module).__name__.endswith(("LayerNorm", "RMSNorm", "LayerNorm2d", "RMSNorm2d"))
+        own = dict(module.named_parameters())
+        plain = "weight" in own and own.keys() <= {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
+        return named and plain and not isinstance(module, nn.LayerNorm | nn.RMSNorm)
+
+    def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
+        channels = len(layer.get_parameter("weight"))
+        return present(layer, ("weight", "bias"), 0, every_channel(channels))
+
+    def refresh(self, layer: nn.Module) -> None:
+        if "normalized_shape" in vars(layer):
+            vars(layer)["normalized_shape"] = (len(layer.get_parameter("weight")),)

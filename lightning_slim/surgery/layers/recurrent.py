@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel
+from lightning_slim.surgery.layers.one_node import connect
 from lightning_slim.units import Role
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -27,6 +26,7 @@ class Recurrent(LayerKind):
 
     types = (nn.RNNBase,)
     channel_axis: ClassVar[int | None] = -1
+    opaque: ClassVar[bool] = True  # unrolled over steps, it would be thousands of nodes
 
     def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
         assert isinstance(layer, nn.RNNBase)
@@ -74,6 +74,30 @@ class Recurrent(LayerKind):
         assert isinstance(layer, nn.RNNBase)
         return tensor.replace("weight_ih", "bias_ih") if layer.bias else None
 
+    def stand_in(self, layer: nn.Module) -> Callable[..., Any]:
+        """An initial state is not followed: what hangs on one fails the trial, and is left whole."""
+        assert isinstance(layer, nn.RNNBase)
+        rnn, directions = layer, len(_suffixes(layer))
+        visible = rnn.proj_size or rnn.hidden_size
+
+        def forward(input: Tensor | PackedSequence, hx: Any = None) -> Any:
+            packed = input if isinstance(input, PackedSequence) else None
+            x = input.data if isinstance(input, PackedSequence) else input
+            if packed is not None:
+                batch: tuple[int, ...] = (int(packed.batch_sizes[0].item()),)
+            else:
+                batch = () if x.ndim == 2 else (x.shape[0 if rnn.batch_first else 1],)
+            shapes: list[tuple[int, ...]] = [(*x.shape[:-1], directions * visible)]
+            sizes = [visible, rnn.hidden_size] if rnn.mode == "LSTM" else [visible]
+            shapes += [(directions * rnn.num_layers, *batch, size) for size in sizes]
+            made, *state = connect(tuple(x.new_zeros(shape) for shape in shapes), [x])
+            output: Tensor | PackedSequence = made
+            if packed is not None:
+                output = PackedSequence(made, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            return output, (tuple(state) if rnn.mode == "LSTM" else state[0])
+
+        return forward
+
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.RNNBase)
         shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
@@ -103,54 +127,3 @@ def _gates(layer: nn.RNNBase, suffix: str, unit: Tensor) -> list[Place]:
     names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if layer.bias else [])]
     rows = [unit.where(unit < 0, unit + gate * layer.hidden_size) for gate in range(GATES[layer.mode])]
     return [Place(f"{name}{suffix}", 0, row) for name in names for row in rows]
-
-
-class _Opaque(torch.autograd.Function):
-    """One autograd node for all outputs of a recurrent layer, whose only parent is its input."""
-
-    @staticmethod
-    def forward(ctx: Any, shapes: list[tuple[int, ...]], x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.new_zeros(shape) for shape in shapes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-@contextmanager
-def opaque(model: nn.Module) -> Iterator[None]:
-    """While tracing, recurrent layers are single nodes: unrolled over steps, they would be thousands.
-
-    An initial state is not followed: what hangs on one fails the trial, and is left whole.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    for layer in layers:
-        layer.__dict__["forward"] = _forward_of(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def _forward_of(layer: nn.RNNBase) -> Any:
-    directions = len(_suffixes(layer))
-    visible = layer.proj_size or layer.hidden_size
-
-    def forward(input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        packed = input if isinstance(input, PackedSequence) else None
-        x = input.data if isinstance(input, PackedSequence) else input
-        if packed is not None:
-            batch: tuple[int, ...] = (int(packed.batch_sizes[0].item()),)
-        else:
-            batch = () if x.ndim == 2 else (x.shape[0 if layer.batch_first else 1],)
-        shapes: list[tuple[int, ...]] = [(*x.shape[:-1], directions * visible)]
-        sizes = [visible, layer.hidden_size] if layer.mode == "LSTM" else [visible]
-        shapes += [(directions * layer.num_layers, *batch, size) for size in sizes]
-        follow: Any = _Opaque.apply  # untyped in torch
-        output, *state = follow(shapes, x if x.requires_grad else x.detach().requires_grad_())
-        if packed is not None:
-            output = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        return output, (tuple(state) if layer.mode == "LSTM" else state[0])
-
-    return forward
