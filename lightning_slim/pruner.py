@@ -29,6 +29,7 @@ from lightning_slim.surgery import Example, StructureChange, Survey, find_work, 
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
 from lightning_slim.surgery.verify import compare, pack_up, vet
 from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
+from lightning_slim.weight_norm import weight
 
 
 class NoEffectWarning(UserWarning):
@@ -274,7 +275,6 @@ class Pruner:
         return plan_for(widths, importance)
 
     def _evidence(self, group: UnitGroup) -> Evidence:
-        tensors = named_tensors(self.model)
         generator = torch.Generator().manual_seed(
             zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
         )
@@ -282,7 +282,7 @@ class Pruner:
         return Evidence(
             weights=rows(self.model, group, role=None).detach(),
             readings=tuple(
-                _reading(m, r, tensors[r.span.tensor].detach())
+                _reading(m, r, weight(self.model, r.span.tensor).detach())
                 for m, r in zip(moments, group.readers, strict=False)
                 if m is not None
             ),

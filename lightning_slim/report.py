@@ -17,6 +17,7 @@ from torch import nn
 from lightning_slim.profile import Profile, bytes_on_disk, count_macs, evaluating, time_side_by_side
 from lightning_slim.surgery import Example
 from lightning_slim.surgery.groups import as_example
+from lightning_slim.weight_norm import settle
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def report(
     """
     calls = {"": as_example(example_inputs)} if networks is None else networks
     calls = {name: Example(*_to_cpu(tuple(as_example(call)))) for name, call in calls.items()}
+    for model in (dense, slim):
+        settle(model)  # a weight with a graph behind it cannot be copied
     models = [copy.deepcopy(model).cpu() for model in (dense, slim)]
     with evaluating(models[0]), evaluating(models[1]), torch.no_grad():
         latencies = time_side_by_side([partial(_forward, model, calls) for model in models])

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lightning_slim.weight_norm import gradient, is_length, layer_of, weight
+
 Role = Literal["out", "in"]
 
 # Of every group at least two units stay: with one filter a channel left, a convolution with several looks depthwise,
@@ -89,7 +91,7 @@ class UnitGroup:
     @property
     def layers(self) -> set[str]:
         """Dotted names of the modules that own the group's tensors."""
-        return {span.tensor.rpartition(".")[0] for span in self.spans}
+        return {layer_of(span.tensor) for span in self.spans}
 
 
 class Plan(dict[str, Tensor]):
@@ -131,25 +133,26 @@ def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float
         role: `"out"`: the weights that make the units; `"in"`: those that read them; None: both.
 
     Returns:
-        Parameters only (no buffers), concatenated over the spans with that role; a tied one once.
+        Parameters only (no buffers), concatenated over the spans with that role; under weight norm, the weights that
+        the layer computes with; a tied one once.
     """
-    return torch.cat([columns(p, span) for p, span in _spans(model, group, role)], dim=1)
+    return torch.cat([columns(weight(model, s.tensor), s) for s in _spans(model, group, role)], dim=1)
 
 
 def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:
     """The gradients of `rows`, entry for entry; zero where a parameter has none."""
-    pairs = _spans(model, group, role)
-    return torch.cat([columns(torch.zeros_like(p) if p.grad is None else p.grad, s) for p, s in pairs], dim=1)
+    return torch.cat([columns(gradient(model, s.tensor), s) for s in _spans(model, group, role)], dim=1)
 
 
-def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[tuple[nn.Parameter, Span]]:
+def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[Span]:
+    """Those in weights; what a weight's lengths say, the weight says too."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: set[tuple[int, int]] = set()
     for span in group.spans:
-        if span.tensor in parameters and role in (None, span.role):
+        if span.tensor in parameters and role in (None, span.role) and not is_length(model, span.tensor):
             axis = id(parameters[span.tensor]), span.axis
             if axis not in seen:
-                yield parameters[span.tensor], span
+                yield span
             seen.add(axis)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_slim.units import Plan, UnitGroup
 
@@ -100,6 +101,19 @@ def narrow_optimizer_state(wide: Mixed, state: dict, names: list[str] | None = N
     } | {"param_groups": state["param_groups"]}
     groups = state.pop("param_groups")
     return {"state": state, "param_groups": groups}
+
+
+def without_weight_norm(network: nn.Module) -> nn.Module:
+    """The network itself, with ordinary weights; torch's own removal would break the networks it was copied from."""
+    for layer in network.modules():
+        if is_parametrized(layer, "weight"):
+            weight = layer.weight.detach()
+            layer.__class__ = layer.__class__.__bases__[0]
+            del layer._modules["parametrizations"]
+            layer.weight = nn.Parameter(weight)
+        elif hasattr(layer, "weight_v"):
+            nn.utils.remove_weight_norm(layer)
+    return network
 
 
 def images(seed: int, samples: int = 16) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "lightning_slim"
 
 # What each part may import of the package. A part is a folder or a file of the package's first level.
 MAY_IMPORT = {
-    "units": set(),
+    "weight_norm": set(),
+    "units": {"weight_norm"},
     "statistics": set(),
     "schedules": set(),
     "eager": set(),
@@ -25,18 +26,18 @@ MAY_IMPORT = {
     "budgets": {"costs"},
     "selection": {"budgets", "costs", "units"},
     "recording": {"eager", "statistics", "surgery", "units"},
-    "surgery": {"costs", "eager", "profile", "units"},
+    "surgery": {"costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
     "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
-    "report": {"profile", "surgery"},
+    "report": {"profile", "surgery", "weight_norm"},
     "pruner": {
         "budgets", "costs", "folding", "history", "profile", "recording", "schedules", "scores", "selection",
-        "skipping", "statistics", "surgery", "units",
+        "skipping", "statistics", "surgery", "units", "weight_norm",
     },
     "callbacks": {
         "budgets", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report", "schedules", "scores",
-        "selection", "skipping", "surgery",
+        "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

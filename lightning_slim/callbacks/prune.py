@@ -28,6 +28,7 @@ from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import Example, recalibrating, resize_to
+from lightning_slim.weight_norm import settle
 
 
 class Prune(SlimCallback):
@@ -230,6 +231,7 @@ class Prune(SlimCallback):
             dense_metrics: of a dense model that was trained the same way, if there is one.
         """
         slim = self.pruner.model
+        settle(slim)  # a weight with a graph behind it cannot be copied
         dense = copy.deepcopy(slim)
         resize_to(dense, self.pruner.original_shapes)
         return report(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lightning_slim.units import Reader, named_tensors
+from lightning_slim.weight_norm import editing, stored
 
 Image = tuple[Float[Tensor, "kept removed"], Float[Tensor, "removed"]]
 
@@ -35,16 +36,17 @@ def fold(
     """
     weight, constant = image
     tensors = named_tensors(model)
-    columns = tensors[reader.span.tensor].movedim(reader.span.axis, 0)  # a view
-    index = reader.span.index.to(columns.device)
-    keep = keep.to(columns.device)
+    device = tensors[reader.span.tensor].device
+    index, keep = reader.span.index.to(device), keep.to(device)
     if reader.joint:  # every position is a variable of its own
         index, keep = index.reshape(-1, 1), keep.repeat_interleave(index.shape[1])
-    gone = columns[index[~keep]]  # removed, width, ...
-    undo = [(columns, columns.clone())]
-    if weight_too:
-        share = torch.tensordot(weight.to(columns), gone, dims=1)
-        columns.index_put_((index[keep],), share, accumulate=True)
+    undo = [(tensor, tensor.clone()) for tensor in stored(model, reader.span.tensor)]
+    with editing(model, reader.span.tensor) as matrix:
+        columns = matrix.movedim(reader.span.axis, 0)  # a view
+        gone = columns[index[~keep]]  # removed, width, ...
+        if weight_too:
+            share = torch.tensordot(weight.to(columns), gone, dims=1)
+            columns.index_put_((index[keep],), share, accumulate=True)
     if reader.offset is not None:
         offset = tensors[reader.offset]
         undo.append((offset, offset.clone()))

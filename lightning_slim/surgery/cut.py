@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.units import Plan, UnitGroup, named_tensors
+from lightning_slim.weight_norm import weight_norm_of, weight_norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class Cut:
         tensor: dotted name, as in `state_dict`.
         old: the tensor before; no longer part of the model.
         new: the tensor after; it has the same `requires_grad`, Python attributes and hooks, and the kept gradient.
-        keep: axis -> positions that stay, ascending.
+        keep: axis -> positions that stay, ascending; none if only values changed.
     """
 
     tensor: str
@@ -63,7 +64,8 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
     """Cuts the units that a plan does not keep out of a model.
 
     All new tensors are made before the first is put in place, so that a failure leaves the model as it was. Attributes
-    such as `out_features` follow the shapes. Ties stay ties. The random state is not touched.
+    such as `out_features` follow the shapes. Ties stay ties. Under weight norm, the weights that stay are those that
+    the layer computed with before. The random state is not touched.
 
     Args:
         model: the module in which `groups` were found.
@@ -77,7 +79,7 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
         ValueError: a group is not known, or its mask has the wrong length, or keeps less than must stay.
     """
     keep = _positions_kept(model, {group.name: group for group in groups}, plan)
-    cuts = [_prepare(name, tensor, axes) for name, tensor, axes in keep]
+    cuts = _with_lengths(model, [_prepare(name, tensor, axes) for name, tensor, axes in keep])
     _replace(model, {id(cut.old): cut.new for cut in cuts})
     return cuts
 
@@ -147,11 +149,27 @@ def _others(size: int, gone: Tensor) -> Tensor:
     return stays.nonzero().flatten()
 
 
-def _prepare(name: str, old: Tensor, keep: dict[int, Tensor]) -> Cut:
+def _with_lengths(model: nn.Module, cuts: list[Cut]) -> list[Cut]:
+    """The cuts, and those of lengths: where a direction loses columns, `g / |v|` stays, so that the weight does."""
+    by_tensor = {id(cut.old): cut for cut in cuts}
+    for layer, norm in weight_norms(model).items():
+        direction = by_tensor.get(id(norm.v))
+        if direction is None or direction.keep.keys() <= {norm.dim}:
+            continue
+        name = f"{layer}.{norm.length}" if layer else norm.length
+        keep = {axis: at for axis, at in direction.keep.items() if axis == norm.dim}
+        length = norm.lengths(direction.new)
+        direction.new.masked_fill_(length == 0, 1)  # nothing of it is left: it may point anywhere
+        scale = Cut(name, norm.g, norm.g, keep).take(norm.g / norm.lengths(norm.v))
+        by_tensor[id(norm.g)] = _prepare(name, norm.g, keep, (scale * length).to(norm.g.dtype))
+    return list(by_tensor.values())
+
+
+def _prepare(name: str, old: Tensor, keep: dict[int, Tensor], value: Tensor | None = None) -> Cut:
     shell = Cut(name, old, old, keep)
-    new = _like(old, shell.take(old.detach()))
+    new = _like(old, shell.take(old.detach()) if value is None else value)
     if old.grad is not None:
-        new.grad = shell.take(old.grad)
+        new.grad = shell.take(old.grad) if keep else old.grad.clone()
     return Cut(name, old, new, keep)
 
 
@@ -181,6 +199,8 @@ def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
     # Outer layers come first: those that are built of others, as attention is, learn from these how they were before.
     for layer in sorted(layers, key=len):
         module = model.get_submodule(".".join(layer))
-        kind = layer_kind(module)
+        norm, kind = weight_norm_of(module), layer_kind(module)
+        if norm is not None:
+            norm.refresh()
         if kind is not None:
             kind.refresh(module)

@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.surgery.graph import Component, find_coupling
 from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
 from lightning_slim.surgery.layers.embedding import Embedding
-from lightning_slim.surgery.ties import half_tied, join_tied
+from lightning_slim.surgery.ties import Site, half_tied, join_tied
 from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
 from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup
-
-Site = tuple[str, int, Role]  # tensor, axis, role
+from lightning_slim.weight_norm import layer_of, obstacle, weight_norm_of
 
 
 @dataclass
@@ -113,7 +111,7 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         return result
     network = _Network(model)
     units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
-    for component in join_tied(model, coupling.components):
+    for component in join_tied(model, coupling.components, network.places):
         name, reason = _why_not(network, component)
         if reason:
             result.left_whole.setdefault(prefix + name, reason)
@@ -177,7 +175,9 @@ class _Network:
             kind, module = self.kind(layer), self.modules[layer]
             places = kind.places(module, role) if kind is not None else ()
             self._places[layer, role] = [
-                ((_join(layer, place.tensor), place.axis, place.role or role), place.index.tolist()) for place in places
+                ((_join(layer, tensor), place.axis, own), place.index.tolist())
+                for place in places
+                for tensor, own in _stored(module, place, place.role or role)
             ]
         return self._places[layer, role]
 
@@ -188,8 +188,10 @@ class _Network:
             reason = ""
             if self.kind(layer) is None:
                 reason = f"it meets {layer}, and {type(module).__name__} is not understood"
-            elif _is_parametrized(module):
-                reason = f"{layer} is parametrized: remove the parametrization, or leave it whole"
+            else:
+                inside = {path: inner for path, inner in module.named_modules() if layer_kind(inner) is not None}
+                reasons = ((f"{layer}.{path}".strip("."), obstacle(inner)) for path, inner in inside.items())
+                reason = next((f"{path} {why}" for path, why in reasons if why), "")
             self._strange[layer] = reason
         return self._strange[layer]
 
@@ -215,10 +217,6 @@ def _why_not(network: _Network, component: Component) -> tuple[str, str]:
         if not followed:
             return name, f"its channels could not be followed to {channel.owner}"
     return name, component.fixed
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    return any(is_parametrized(m) or hasattr(m, "weight_g") or hasattr(m, "weight_orig") for m in module.modules())
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,7 @@ class _Unit:
             for site, at in network.places(channel.owner, channel.role):
                 if at[channel.number] >= 0:
                     places[site].add(at[channel.number])
-                    if channel.role == "in" and kind is not None and kind.channel_axis is not None:
+                    if channel.role == site[2] == "in" and kind is not None and kind.channel_axis is not None:
                         read[site] = None
         # Several channels of the layer that makes them are variables of their own; several positions of one channel,
         # as behind a flatten, are repetitions.
@@ -264,9 +262,20 @@ class _Unit:
         )
 
 
+def _stored(module: nn.Module, place: Place, role: Role) -> list[tuple[str, Role]]:
+    """The tensors that a place lies in: under weight norm, a row has a direction and a length."""
+    path, _, leaf = place.tensor.rpartition(".")
+    norm = weight_norm_of(module.get_submodule(path)) if leaf == "weight" else None
+    if norm is None:
+        return [(place.tensor, role)]
+    length: list[tuple[str, Role]] = [(_join(path, norm.length), "out")] if place.axis == norm.dim else []
+    return [(_join(path, norm.direction), role), *length]
+
+
 def _reader(model: nn.Module, span: Span, normalised_by: Mapping[str, str], prefix: str, joint: bool) -> Reader:
     """The layer that reads units by a span; `model` and `normalised_by` know it without the prefix."""
-    layer, _, leaf = span.tensor.removeprefix(prefix).rpartition(".")
+    tensor = span.tensor.removeprefix(prefix)
+    layer, leaf = layer_of(tensor), tensor.rpartition(".")[2]
     module, norm = model.get_submodule(layer), normalised_by.get(layer)
     kind = layer_kind(module)
     assert kind is not None
@@ -358,8 +367,9 @@ def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Plac
     """A group inside a layer; those of its own layers that are called read it."""
     sites: dict[Site, list[Tensor]] = {}
     for place in places:
-        site = (_join(layer, place.tensor), place.axis, place.role or "out")
-        sites.setdefault(site, []).append(place.index.reshape(len(place.index), -1))
+        for tensor, own in _stored(model.get_submodule(layer), place, place.role or "out"):
+            site = (_join(layer, tensor), place.axis, own)
+            sites.setdefault(site, []).append(place.index.reshape(len(place.index), -1))
     spans, readers = [], []
     for site, at in sites.items():
         tensor, axis, role = site

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from torch import nn
 
-from lightning_slim.surgery.graph import Channel, Component
+from lightning_slim.surgery.graph import Component
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.units import Role, Span, named_tensors
+from lightning_slim.weight_norm import stored
 
+Site = tuple[str, int, Role]  # tensor, axis, role
 Position = tuple[int, int, int]  # tensor, axis, position
-ROLES: tuple[Role, ...] = ("out", "in")
+Places = Callable[[str, Role], Sequence[tuple[Site, list[int]]]]
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
@@ -26,10 +29,16 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
     return {tensor: shared for tensor, shared in names.items() if len(shared) > 1}
 
 
-def join_tied(model: nn.Module, components: Sequence[Component]) -> list[Component]:
-    """Joins components that own the same position of a tied tensor, to closure; one that must stay keeps the others."""
-    owned = _Owned(model)
-    if not owned.tied:
+def join_tied(model: nn.Module, components: Sequence[Component], places: Places) -> list[Component]:
+    """Joins components that own the same position of a tied tensor, to closure; one that must stay keeps the others.
+
+    Args:
+        model: the network.
+        components: of its channels.
+        places: (layer, side) -> where its channels live: the site, and the position of every channel there.
+    """
+    tied = {name: tensor for tensor, names in tied_names(model).items() for name in names}
+    if not tied:
         return list(components)
     root = list(range(len(components)))
 
@@ -39,13 +48,31 @@ def join_tied(model: nn.Module, components: Sequence[Component]) -> list[Compone
         return i
 
     owner: dict[Position, int] = {}
-    for i, component in enumerate(components):
-        for position in (position for channel in component.channels for position in owned.by(channel)):
-            root[find(i)] = find(owner.setdefault(position, i))
+    for i, position in _positions(components, tied, places):
+        root[find(i)] = find(owner.setdefault(position, i))
     together: defaultdict[int, list[Component]] = defaultdict(list)
     for i, component in enumerate(components):
         together[find(i)].append(component)
     return [_merged(members) for members in together.values()]
+
+
+def _positions(
+    components: Sequence[Component], tied: Mapping[str, int], places: Places
+) -> Iterator[tuple[int, Position]]:
+    """Which component owns which position of a tied tensor; `tied` are the names and ids of these."""
+
+    @cache
+    def held(layer: str, role: Role) -> list[tuple[int, int, list[int]]]:
+        return [(tied[name], axis, index) for (name, axis, _), index in places(layer, role) if name in tied]
+
+    for i, component in enumerate(components):
+        for owner, role, number, axis in component.channels:
+            if axis is None:
+                for tensor, along, index in held(owner, role):
+                    if number < len(index) and index[number] >= 0:
+                        yield i, (tensor, along, index[number])
+            elif owner in tied:
+                yield i, (tied[owner], axis, number)
 
 
 def _merged(components: Sequence[Component]) -> Component:
@@ -54,39 +81,6 @@ def _merged(components: Sequence[Component]) -> Component:
     fixed = next((component.fixed for component in components if component.fixed), "")
     channels = [channel for component in components for channel in component.channels]
     return Component(channels, f"it is tied, and {fixed}" if fixed else "")
-
-
-class _Owned:
-    """The positions of tied tensors that a channel owns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tied = {name: tensor for tensor, names in tied_names(model).items() for name in names}
-        self.places: dict[tuple[str, Role], list[tuple[int, int, list[int]]]] = {}
-        for layer in {layer for name in self.tied for layer in _around(name)}:
-            module = model.get_submodule(layer)
-            kind = layer_kind(module)
-            prefix = f"{layer}." if layer else ""
-            for role in ROLES:
-                places = kind.places(module, role) if kind is not None else ()
-                self.places[layer, role] = [
-                    (self.tied[prefix + place.tensor], place.axis, place.index.tolist())
-                    for place in places
-                    if prefix + place.tensor in self.tied
-                ]
-
-    def by(self, channel: Channel) -> Iterator[Position]:
-        owner, role, number, axis = channel
-        if axis is not None and owner in self.tied:
-            yield self.tied[owner], axis, number
-        for tensor, along, index in self.places.get((owner, role), ()):
-            if number < len(index) and index[number] >= 0:
-                yield tensor, along, index[number]
-
-
-def _around(name: str) -> list[str]:
-    """The layers that a tensor lies in: one may be built of others, as attention is."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
 def half_tied(model: nn.Module, spans: Iterable[Span], prefix: str = "") -> str:
@@ -116,9 +110,9 @@ def _holder(model: nn.Module, name: str) -> tuple[int, str]:
 def untied(model: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
     """Tied parameters have a tensor of their own under every name, for the time being."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {id(parameters[name]) for name in tensors if name in parameters}
+    wanted = {id(tensor) for name in tensors for tensor in stored(model, name)}
     tied = [name for tensor, names in tied_names(model).items() if tensor in wanted for name in names[1:]]
-    held = {name: parameters[name] for name in tied}
+    held = {name: parameters[name] for name in tied if name in parameters}
     try:
         for name, parameter in held.items():
             _put(model, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.eager import eagerly
 from lightning_slim.surgery.layers import LayerKind, layer_kind
+from lightning_slim.weight_norm import settle
 
 
 class Example(NamedTuple):
@@ -126,6 +127,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
+        settle(model)
 
 
 class _Shapes(TorchFunctionMode):

@@ -16,7 +16,8 @@ from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.ties import untied
 from lightning_slim.surgery.tracing import Example, untouched
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup
+from lightning_slim.weight_norm import editing, settle, stored
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
 
@@ -221,17 +222,17 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _unread(model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> Iterator[None]:
     """Zeroes the columns that read the removed units, for the time being."""
-    tensors = named_tensors(model)
     spans = [(span, plan[g.name]) for g in groups if g.name in plan for span in g.spans if span.role == "in"]
-    saved = {span.tensor: tensors[span.tensor].detach().clone() for span, _ in spans}
+    held = [tensor for name in {span.tensor for span, _ in spans} for tensor in stored(model, name)]
+    saved = [(tensor, tensor.detach().clone()) for tensor in held]
     try:
         for span, keep in spans:
-            at = span.index[~keep].flatten().to(tensors[span.tensor].device)
-            tensors[span.tensor].index_fill_(span.axis, at, 0)
+            with editing(model, span.tensor) as weight:
+                weight.index_fill_(span.axis, span.index[~keep].flatten().to(weight.device), 0)
         yield
     finally:
-        for name, value in saved.items():
-            tensors[name].copy_(value)
+        for tensor, value in saved:
+            tensor.copy_(value)
 
 
 @contextmanager
@@ -256,3 +257,4 @@ def _loud(model: nn.Module) -> Iterator[None]:
     finally:
         for p, value in changed:
             p.copy_(value)
+        settle(model)

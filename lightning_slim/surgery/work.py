@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_slim.costs import Work
 from lightning_slim.profile import count_macs
 from lightning_slim.surgery.layers import LayerKind, layer_kind
 from lightning_slim.surgery.tracing import Example
+from lightning_slim.weight_norm import weight_norm_of
 
 
 def find_work(model: nn.Module, calls: Mapping[str, Example]) -> list[Work]:
@@ -49,11 +51,20 @@ def _of_network(network: nn.Module, call: Example, root: str) -> Iterator[Work]:
         layer = network.get_submodule(name)
         path, kind = f"{prefix}{name}.".lstrip("."), kinds[name]
         mixing = kind.mixing(layer) if kind is not None else None
-        matrices = tuple(path + n for n, p in layer.named_parameters(recurse=False) if p.ndim > 1)
+        matrices = _matrices(layer, path)
         if mixing is None:
             yield Work(count // call.samples, matrices)
             continue
         yield Work((count - projected[name]) // call.samples, (path + mixing[0],), mixing[1])
         if projected[name]:
-            inside = tuple(path + n for n, p in layer.named_parameters() if p.ndim == 2)
-            yield Work(projected[name] // call.samples, inside)
+            inside = [_matrices(child, f"{path}{n}.") for n, child in layer.named_children()]
+            yield Work(projected[name] // call.samples, (*matrices, *itertools.chain(*inside)))
+
+
+def _matrices(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
+    """What a layer multiplies its input by; under weight norm, its directions."""
+    norm = weight_norm_of(layer)
+    if norm is not None:
+        return (prefix + norm.direction,)
+    own = layer.named_parameters(recurse=False)
+    return tuple(prefix + name for name, p in own if p.ndim > 1 and "bias" not in name)

@@ -133,10 +133,10 @@ NETWORKS = {
         Net(lambda s, x: s.b(F.relu(s.a(x)).flatten(1)), a=nn.Linear(4, 8), b=nn.Linear(48, 2)),
         torch.randn(2, 6, 4),
     ),
-    "weight norm": lambda: (
+    "spectral norm": lambda: (
         Net(
             lambda s, x: s.b(F.relu(s.a(x))),
-            a=nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)),
+            a=nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)),
             b=nn.Linear(8, 2),
         ),
         torch.randn(3, 4),
@@ -202,7 +202,7 @@ def test_it_is_cut_right_or_left_whole(name: str) -> None:
         ("shuffled behind a norm", set()),
         ("linear layers on steps, flattened", set()),
         ("a branch in training only", set()),
-        ("weight norm", set()),
+        ("spectral norm", set()),
     ],
 )
 def test_what_can_be_cut_of_it(name: str, cut: set[str]) -> None:
@@ -211,11 +211,6 @@ def test_what_can_be_cut_of_it(name: str, cut: set[str]) -> None:
     groups = find_groups(network, inputs)
     unfit = vet(network, groups, {"": Example(inputs)})
     assert {group.name for group in groups if group.name not in unfit} == cut
-
-
-def test_a_parametrized_layer_is_named_as_such() -> None:
-    network, x = NETWORKS["weight norm"]()
-    assert "parametrized" in survey(network, x).left_whole["a"]
 
 
 def test_readers_that_share_one_weight_are_folded_once() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_slim import find_groups, remove_units
 from lightning_slim.surgery import resize_to, restore
 from lightning_slim.units import Plan, UnitGroup, named_tensors
-from tests.networks import Mixed, images, mixed_plan, same
+from tests.networks import Mixed, images, mixed_plan, same, without_weight_norm
 
 
 class Net(nn.Module):
@@ -172,12 +172,13 @@ def some(groups: list[UnitGroup]) -> Plan:
 
 @torch.no_grad()
 def zeroed(model: nn.Module, groups: list[UnitGroup], plan: Plan) -> nn.Module:
-    """A copy in which nothing reads the removed units."""
-    copied = copy.deepcopy(model)
+    """A copy in which nothing reads the removed units, with ordinary weights."""
+    copied = without_weight_norm(copy.deepcopy(model))
     tensors = named_tensors(copied)
     for group in groups:
         for span in (span for span in group.spans if span.role == "in"):
-            tensors[span.tensor].movedim(span.axis, 0)[span.index[~plan[group.name]].flatten()] = 0
+            name = span.tensor.replace("parametrizations.weight.original1", "weight").replace("weight_v", "weight")
+            tensors[name].movedim(span.axis, 0)[span.index[~plan[group.name]].flatten()] = 0
     return copied
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_slim import migrate, remove_units
 from lightning_slim.surgery import Example, resize_to, survey
@@ -73,7 +74,7 @@ class Block(nn.Module):
 class Random(nn.Module):
     """A stem, some blocks, and a head: flattened, pooled, or read as a sequence by a recurrent layer."""
 
-    def __init__(self, blocks: list[tuple[str, int]], norm: bool, head: str) -> None:
+    def __init__(self, blocks: list[tuple[str, int]], norm: bool, head: str, weight_normed: bool) -> None:
         super().__init__()
         self.stem, self.head = nn.Conv2d(3, 6, 3, padding=1), head
         self.blocks = nn.ModuleList()
@@ -84,6 +85,9 @@ class Random(nn.Module):
         self.r = nn.GRU(width, 7, bidirectional=True, batch_first=True) if head == "recurrent" else nn.Identity()
         size = {"flatten": 4 * width, "pool": width, "recurrent": 14}[head]
         self.h, self.o = nn.Linear(size, 9), nn.Linear(9, 4)
+        for layer in list(self.modules()) if weight_normed else []:
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                weight_norm(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -103,6 +107,7 @@ ARCHITECTURES = st.builds(
     st.lists(st.tuples(st.sampled_from(BLOCKS), st.integers(4, 12).map(lambda n: n - n % 2)), min_size=1, max_size=5),
     st.booleans(),
     st.sampled_from(["flatten", "pool", "recurrent"]),
+    st.booleans(),
 )
 
 

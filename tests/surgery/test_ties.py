@@ -79,6 +79,17 @@ def recursive(biases_too: bool) -> Net:
     return network
 
 
+def normed() -> Net:
+    """Two hidden layers with one weight, which is stored as lengths and directions."""
+    network = recursive(False)
+    network.a.weight, network.b.weight = (nn.Parameter(network.a.weight.detach().clone()) for _ in range(2))
+    for layer in (network.a, network.b):
+        nn.utils.parametrizations.weight_norm(layer)
+    network.b.parametrizations.weight.original0 = network.a.parametrizations.weight.original0
+    network.b.parametrizations.weight.original1 = network.a.parametrizations.weight.original1
+    return network
+
+
 def tokens() -> Tensor:
     return torch.randint(0, 17, (3, 6))
 
@@ -99,6 +110,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], tuple[s
     "transformer": (Transformer, tokens, ("e.weight", "h.weight"), {"e", "up"}),
     "recursive": (lambda: recursive(False), lambda: torch.randn(5, 4), ("a.weight", "b.weight"), {"i"}),
     "recursive, biases too": (lambda: recursive(True), lambda: torch.randn(5, 4), ("a.bias", "b.bias"), {"i"}),
+    "recursive, under weight norm": (
+        normed,
+        lambda: torch.randn(5, 4),
+        ("a.parametrizations.weight.original1", "b.parametrizations.weight.original1"),
+        {"i"},
+    ),
 }
 
 

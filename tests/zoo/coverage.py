@@ -42,6 +42,7 @@ SHORT = {
     "an input or an output": "at an input or output",
     "an index mapping went astray": "(all) channels could not be followed",
     r"and (\w+) is not understood": r"at \1, not understood",
+    "is under spectral norm": "under spectral norm",
     "is parametrized": "parametrized",
     "is tied": "tied",
     "could not be followed": "channels could not be followed",

@@ -21,7 +21,8 @@ class Linear(LayerKind):
         assert isinstance(layer, nn.Linear)
         if role == "in":
             return [Place("weight", 1, every_channel(layer.in_features))]
-        return present(layer, ("weight", "bias"), 0, every_channel(layer.out_features))
+        index = every_channel(layer.out_features)
+        return [Place("weight", 0, index), *present(layer, ("bias",), 0, index)]
 
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.Linear)
