@@ -59,6 +59,7 @@ class Costs:
         shapes: tensor -> shape, of all parameters that a group touches or that work goes by.
         axes: tensor -> axis -> who owns how much of it.
         packs: group -> pack, of those that must keep as many units as others.
+        floors: group -> how many units must stay at least.
         blocks: block -> its group, of those that are still there, the most important first: a width leaves the first.
         gone: blocks that were taken out.
     """
@@ -69,6 +70,7 @@ class Costs:
     shapes: dict[str, list[int]]
     axes: dict[str, dict[int, _Axis]]
     packs: dict[str, str]
+    floors: dict[str, int]
     blocks: dict[str, str] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
 
@@ -98,7 +100,8 @@ class Costs:
         names = {*axes, *inside, *(name for each in work for name in each.tensors)}
         shapes = {name: list(tensors[name].shape) for name in tensors if name in names}
         packs = {group.name: group.pack for group in groups if group.pack}
-        return cls(original, sum(p.numel() for p in model.parameters()), work, shapes, axes, packs, blocks)
+        floors = {group.name: group.floor for group in groups}
+        return cls(original, sum(p.numel() for p in model.parameters()), work, shapes, axes, packs, floors, blocks)
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""

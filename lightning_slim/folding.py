@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_slim.statistics import Moments, least_squares_image, merged
 from lightning_slim.surgery.compensate import fold
+from lightning_slim.surgery.ties import tied_names
 from lightning_slim.units import Plan, Reader, UnitGroup, named_tensors
 
 Compensate = Literal["none", "mean", "least_squares"]
@@ -36,31 +38,38 @@ def fold_plan(
         if compensate != "none" and group.name in plan and not group.blocks:
             seen = zip(moments[group.name], group.readers, strict=True)
             pairs = [(at_reader, reader) for at_reader, reader in seen if at_reader is not None]
-            yield from _fold_group(models, group.size, plan[group.name], pairs, compensate)
+            yield from _fold_group(models, group, plan[group.name], pairs, compensate)
 
 
 def _fold_group(
     models: Sequence[nn.Module],
-    units: int,
+    group: UnitGroup,
     keep: Tensor,
     pairs: Sequence[tuple[Moments, Reader]],
     compensate: Compensate,
 ) -> Iterator[Callable[[], None]]:
-    tensors = named_tensors(models[0])
-    tied: dict[int, list[Moments]] = {}  # readers of one weight: it is folded once, by what all of them see
-    for moments, reader in pairs:
-        tied.setdefault(id(tensors[reader.span.tensor]), []).append(moments)
-    folded: set[int] = set()
-    for moments, reader in pairs:
-        weight = id(tensors[reader.span.tensor])
-        kept, gone = (_present(moments, reader, mask) for mask in (keep, ~keep))
-        image = least_squares_image(merged(tied[weight]), kept, gone, intercept=reader.offset is not None)
-        share = image.weight.cpu() * (compensate == "least_squares")
-        mean = moments.mean.cpu()
-        constant = mean[gone] - share.T @ mean[kept]
-        for model in models:
-            yield fold(model, reader, keep, (share, constant), weight_too=weight not in folded)
-        folded.add(weight)
+    tensors, tied = named_tensors(models[0]), tied_names(models[0])
+    making = {(id(tensors[span.tensor]), span.axis) for span in group.spans if span.role == "out"}
+    heard: dict[int, dict[int, list[tuple[Moments, Reader]]]] = {}  # weight -> bias -> who reads with these
+    for at_reader, reader in pairs:
+        theirs = id(tensors[reader.offset]) if reader.offset else 0
+        heard.setdefault(id(tensors[reader.span.tensor]), {}).setdefault(theirs, []).append((at_reader, reader))
+    for weight, by_bias in heard.items():
+        everywhere = merged([at_reader for same in by_bias.values() for at_reader, _ in same])
+        for i, (bias, same) in enumerate(by_bias.items()):
+            reader = same[0][1]
+            kept, gone = (_present(everywhere, reader, mask) for mask in (keep, ~keep))
+            if len(tied.get(bias, ())) > len({reader.offset for _, reader in same}):  # other layers have it, too
+                reader = replace(reader, offset=None)
+            # A tied weight is folded once. One that makes the units as it reads them, as that of a decoder tied to its
+            # embedding, is not: it would make others.
+            weight_too = compensate == "least_squares" and (weight, reader.span.axis) not in making
+            image = least_squares_image(everywhere, kept, gone, intercept=reader.offset is not None)
+            share = image.weight.cpu() * weight_too
+            mean = merged([at_reader for at_reader, _ in same]).mean.cpu()
+            constant = mean[gone] - share.T @ mean[kept]
+            for model in models:
+                yield fold(model, reader, keep, (share, constant), weight_too=weight_too and i == 0)
 
 
 def _present(moments: Moments, reader: Reader, units: Bool[Tensor, "units"]) -> Int[Tensor, "columns"]:

@@ -289,7 +289,7 @@ class Pruner:
             if self.schedule(progress) == 1:
                 warnings.warn(
                     f"Nothing was removed at {progress:.0%} of the run, though only {self.asked(progress):.1%} should "
-                    "remain: every group is as small as `round_to` and the floor of two units allow.",
+                    "remain: every group is as small as `round_to` and its floor allow.",
                     NoEffectWarning,
                     stacklevel=2,
                 )
@@ -412,8 +412,10 @@ class Pruner:
 
     def _check_reachable(self, costs: Costs) -> None:
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
-        blocks = set(costs.blocks.values())
-        smallest = self.selection.widths(0.0, costs.original, costs.original, everything, costs.packs, blocks)
+        start = costs.original
+        smallest = self.selection.widths(
+            0.0, start, start, everything, costs.packs, costs.floors, costs.blocks.values()
+        )
         closest = self.budget.remaining(costs, smallest)
         if closest > self.budget.fraction:
             raise ValueError(

@@ -44,6 +44,7 @@ class Selection:
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
         packs: Mapping[str, str] | None = None,
+        floors: Mapping[str, int] | None = None,
         blocks: Collection[str] = (),
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
@@ -55,17 +56,18 @@ class Selection:
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
             packs: group -> pack; the groups of a pack keep the same fraction of their original units, as much as the
                 one that would alone keep most.
-            blocks: groups whose units are whole blocks: these are not rounded, and all of them may go.
+            floors: group -> how many units must stay at least; two where nothing else is said.
+            blocks: groups whose units are whole blocks: their numbers are not rounded.
         """
         wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        widths = {
-            name: min(math.ceil(wanted[name] - 1e-9), current[name])
-            if name in blocks
-            else self._allowed(wanted[name], original[name], current[name])
-            for name in wanted
-        }
+        floors = floors or {}
+        widths = {}
+        for name in wanted:
+            least = max(wanted[name] - 1e-9, floors.get(name, MIN_UNITS))  # 0.7 * 10 is 7.000000000000001
+            step = 1 if name in blocks else self.round_to
+            widths[name] = min(math.ceil(least / step) * step, original[name], current[name])
         for members in _members(packs or {}, widths):
             steps = min(original[name] for name in members)  # in which all of them can shrink alike
             most = max(math.ceil(widths[name] * steps / original[name]) for name in members)
@@ -84,11 +86,10 @@ class Selection:
 
         Where even the smallest widths leave more, the smallest are returned.
         """
-
         costs, blocks = costs.ranked(importance), set(costs.blocks.values())
 
         def at(level: float) -> dict[str, int]:
-            return self.widths(level, costs.original, current, importance, costs.packs, blocks)
+            return self.widths(level, costs.original, current, importance, costs.packs, costs.floors, blocks)
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.remaining(costs, widths) <= remaining + 1e-12
@@ -113,11 +114,6 @@ class Selection:
             wider = {**widths, **{name: min(widths[name] + step[name], current[name]) for name in members}}
             widths = wider if affordable(wider) else widths
         return widths
-
-    def _allowed(self, wanted: float, original: int, current: int) -> int:
-        # 1e-9: 0.7 * 10 is 7.000000000000001, which must not round up to 8
-        rounded = math.ceil(max(wanted - 1e-9, MIN_UNITS) / self.round_to) * self.round_to
-        return min(rounded, original, current)
 
 
 def _members(packs: Mapping[str, str], widths: Mapping[str, int]) -> list[list[str]]:

@@ -76,12 +76,14 @@ class UnitGroup:
         results: of blocks: 0 if they return a tensor, else the number of items of the tuple that they return.
         pack: groups of one pack must keep the same fraction of their units (the layers and directions of an LSTM, say);
             empty: none.
+        floor: how many units must stay at least.
     """
 
     name: str
     spans: tuple[Span, ...]
     readers: tuple[Reader, ...] = ()
     pack: str = ""
+    floor: int = MIN_UNITS
     blocks: tuple[str, ...] = ()
     results: int = 0
 
@@ -148,7 +150,7 @@ def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float
 
     Returns:
         Parameters only (no buffers), concatenated over the spans with that role; under weight norm, the weights that
-        the layer computes with.
+        the layer computes with; a tied one once.
     """
     if group.blocks:
         return _padded([p.detach().flatten() for p in model.get_submodule(path).parameters()] for path in group.blocks)
@@ -182,9 +184,13 @@ def _padded(pieces: Iterable[list[Tensor]]) -> Float[Tensor, "units fan"]:
 def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[Span]:
     """Those in weights; what a weight's lengths say, the weight says too."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: set[tuple[int, int]] = set()
     for span in group.spans:
         if span.tensor in parameters and role in (None, span.role) and not is_length(model, span.tensor):
-            yield span
+            axis = id(parameters[span.tensor]), span.axis
+            if axis not in seen:
+                yield span
+            seen.add(axis)
 
 
 def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[UnitGroup]:
@@ -230,6 +236,7 @@ def to_state(group: UnitGroup) -> dict[str, Any]:
     return {
         "name": group.name,
         "pack": group.pack,
+        "floor": group.floor,
         "blocks": list(group.blocks),
         "results": group.results,
         "spans": [vars(span).copy() for span in group.spans],
@@ -241,4 +248,5 @@ def from_state(state: Mapping[str, Any]) -> UnitGroup:
     """The inverse of `to_state`."""
     spans = tuple(Span(**span) for span in state["spans"])
     readers = tuple(Reader(**{**reader, "span": Span(**reader["span"])}) for reader in state["readers"])
-    return UnitGroup(state["name"], spans, readers, state["pack"], tuple(state["blocks"]), state["results"])
+    kept = {key: state[key] for key in ("name", "pack", "floor", "results")}
+    return UnitGroup(spans=spans, readers=readers, blocks=tuple(state["blocks"]), **kept)

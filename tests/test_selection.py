@@ -35,6 +35,11 @@ def test_widths_are_rounded_up_but_not_beyond_the_original() -> None:
     assert Selection(round_to=8).widths(0.9, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 10, "b": 20}
 
 
+def test_a_group_may_have_a_floor_of_its_own() -> None:
+    assert Selection().widths(0.1, ORIGINAL, ORIGINAL, IMPORTANCE, floors={"a": 7}) == {"a": 7, "b": 2}
+    assert Selection(round_to=4).widths(0.0, ORIGINAL, ORIGINAL, IMPORTANCE, floors={"a": 7}) == {"a": 8, "b": 4}
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_levels_are_nested_and_end_at_the_floor_and_at_now(scope: str) -> None:
     selection = Selection(scope)  # type: ignore[arg-type]

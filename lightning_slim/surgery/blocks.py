@@ -149,7 +149,8 @@ def find_blocks(network: nn.Module, call: Example, prefix: str = "") -> list[Uni
         taken = sum(group.name.split("#")[0] == name for group in groups)
         in_order = tuple(prefix + path for path in paths)
         results = blocks[paths[0]].results
-        groups.append(UnitGroup(f"{name}#{taken + 1}" if taken else name, (), blocks=in_order, results=results))
+        unique = f"{name}#{taken + 1}" if taken else name
+        groups.append(UnitGroup(unique, (), floor=0, blocks=in_order, results=results))
     return groups
 
 

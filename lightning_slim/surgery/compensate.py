@@ -29,7 +29,7 @@ def fold(
         reader: where the units are read.
         keep: which units stay.
         image: weight and constant, from `least_squares_image`.
-        weight_too: False folds the constant only: the weight is tied to that of a reader that was folded before.
+        weight_too: False folds the constant only: the weight is tied, and was folded before, or makes the units, too.
 
     Returns:
         A function that undoes the fold.

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery.blocks import Dropped, drop, put_back
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, named_tensors, renumber
+from lightning_slim.units import Plan, UnitGroup, named_tensors, renumber
 from lightning_slim.weight_norm import weight_norm_of, weight_norms
 
 
@@ -81,7 +81,7 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
         until `forget_blocks` lets go of their parameters.
 
     Raises:
-        ValueError: a group is not known, or its mask has the wrong length, or keeps less than two.
+        ValueError: a group is not known, or its mask has the wrong length, or keeps less than must stay.
     """
     by_name = {group.name: group for group in groups}
     for name, mask in plan.items():
@@ -162,14 +162,14 @@ def _positions_kept(
 def _check(name: str, mask: Tensor, groups: Mapping[str, UnitGroup]) -> None:
     if name not in groups:
         raise ValueError(f"Expected a plan for one of {sorted(groups)}, got {name!r}.")
-    size = groups[name].size
+    size, floor = groups[name].size, groups[name].floor
     if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
         raise ValueError(
             f"Expected a boolean mask of {size} entries for {name!r}, got {mask.dtype} of shape {tuple(mask.shape)}."
         )
-    if int(mask.sum()) < MIN_UNITS and not groups[name].blocks:
+    if int(mask.sum()) < floor:
         raise ValueError(
-            f"Expected at least {MIN_UNITS} units of {name!r} to stay, got {int(mask.sum())}: keep more, or leave it "
+            f"Expected at least {floor} units of {name!r} to stay, got {int(mask.sum())}: keep more, or leave it "
             "out of the plan."
         )
 

@@ -15,11 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_slim.surgery.graph import Component, find_coupling
 from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
 from lightning_slim.surgery.layers.embedding import Embedding
+from lightning_slim.surgery.ties import Site, half_tied, join_tied
 from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
-from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup, named_tensors
+from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup
 from lightning_slim.weight_norm import layer_of, obstacle, weight_norm_of
-
-Site = tuple[str, int, Role]  # tensor, axis, role
 
 
 @dataclass
@@ -112,7 +111,7 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         return result
     network = _Network(model)
     units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
-    for component in coupling.components:
+    for component in join_tied(model, coupling.components, network.places):
         name, reason = _why_not(network, component)
         if reason:
             result.left_whole.setdefault(prefix + name, reason)
@@ -123,6 +122,7 @@ def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
         _gather(model, name, units[name, form], coupling.normalised_by, prefix, result)
     for name in network.order:
         _add_inner(network, name, prefix, result)
+        _add_cells(network, name, prefix, result)
     return result
 
 
@@ -134,12 +134,22 @@ def survey_networks(model: nn.Module, calls: Mapping[str, Example]) -> Survey:
         prefix = f"{root}." if root else ""
         found = survey(model.get_submodule(root), call, prefix)
         result.left_whole.update(found.left_whole)
+        reasons = {group.name: _not_here(model, group, nested) for group in found.groups}
+        packs = {group.pack: reasons[group.name] for group in found.groups if group.pack and reasons[group.name]}
         for group in found.groups:
-            if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
-                result.left_whole[group.name] = "it lies in a network that is also called on its own"
+            reason = reasons[group.name] or packs.get(group.pack, "")
+            if reason:
+                result.left_whole[group.name] = reason
             else:
                 result.groups.append(group)
     return result
+
+
+def _not_here(model: nn.Module, group: UnitGroup, nested: Sequence[str]) -> str:
+    """Why a group of one network of a model cannot be cut; empty if it can."""
+    if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
+        return "it lies in a network that is also called on its own"
+    return half_tied(model, group.spans)
 
 
 class _Network:
@@ -292,12 +302,12 @@ def _gather(
     """Makes one group of units of one form, or says why not."""
     members = sorted(members, key=lambda unit: unit.order)
     index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
-    reason = _half_tied(model, index)
+    spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
+    reason = half_tied(model, spans.values(), prefix)
     if reason or len(members) <= MIN_UNITS:
         few = f"it has {len(members)} units, and {MIN_UNITS} must stay"
         result.left_whole.setdefault(prefix + name, reason or few)
         return
-    spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
     readers = tuple(
         _reader(model, spans[site], normalised_by, prefix, joint) for site, joint in members[0].read.items()
     )
@@ -309,26 +319,48 @@ def _gather(
 def _add_inner(network: _Network, name: str, prefix: str, result: Survey) -> None:
     """Adds the groups that are not seen from outside a layer, and packs what must keep the same number of units."""
     kind, module = network.kind(name), network.model.get_submodule(name)
-    groups = [_inner_group(network.model, name, *inner, prefix) for inner in kind.inner(module)] if kind else []
+    inner = [_inner_group(network.model, name, *inner, prefix) for inner in kind.inner(module)] if kind else []
     pack = kind.pack(module) if kind else 0
     if not pack:
-        for group in groups:
-            few = f"it has {group.size} units, and {MIN_UNITS} must stay"
-            if group.size > MIN_UNITS:
-                result.groups.append(group)
+        for group in inner:
+            few = f"it has {group.size} units, and {MIN_UNITS} must stay" if group.size <= MIN_UNITS else ""
+            reason = half_tied(network.model, group.spans, prefix) or few
+            if reason:
+                result.left_whole.setdefault(group.name, reason)
             else:
-                result.left_whole.setdefault(group.name, few)
+                result.groups.append(group)
         return
-    layer = prefix + name
-    mine = [group for group in result.groups if group.name.split("#")[0] == layer]
-    result.groups = [group for group in result.groups if group not in mine]
-    owned = sum(group.size * _parts(group, layer) for group in mine) + sum(group.size for group in groups)
-    mine += groups
-    if owned == pack and len({group.size for group in mine}) == 1:
-        result.groups += [replace(group, pack=layer) for group in mine]
-    else:
+    layer = (prefix + name).rstrip(".")
+    mine = [group for group in result.groups if _parts(group, layer)]
+    packs = {group.pack for group in mine if group.pack}  # of other layers that make the same units
+    seen = [group for group in result.groups if group in mine or group.pack in packs]
+    together = [*seen, *inner]
+    result.groups = [group for group in result.groups if group not in seen]
+    owned = sum(group.size * _parts(group, layer) for group in mine) + sum(group.size for group in inner)
+    reason = next(filter(None, (half_tied(network.model, group.spans, prefix) for group in inner)), "")
+    if owned != pack or len({group.size for group in together}) != 1:
         reason = "its layers and directions must keep as many units each, and not all of them can be cut"
-        result.left_whole.setdefault(layer, reason)
+    if reason:
+        for left in (layer, *(group.name for group in seen)):
+            result.left_whole.setdefault(left, reason)
+    else:
+        result.groups += [replace(group, pack=min(packs, default=layer)) for group in together]
+
+
+def _add_cells(network: _Network, name: str, prefix: str, result: Survey) -> None:
+    """Adds the groups of cells behind the projections of a layer, packed."""
+    kind, module = network.kind(name), network.model.get_submodule(name)
+    if kind is None:
+        return
+    pack, floor = _join((prefix + name).rstrip("."), "cells"), kind.min_cells(module)
+    groups = [_inner_group(network.model, name, *cells, prefix) for cells in kind.cells(module)]
+    for group in groups:
+        few = f"it has {group.size} cells, and {floor} must stay" if group.size <= floor else ""
+        reason = half_tied(network.model, group.spans, prefix) or few
+        if reason:
+            result.left_whole[pack] = reason
+            return
+    result.groups += [replace(group, pack=pack, floor=floor) for group in groups]
 
 
 def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Place], prefix: str) -> UnitGroup:
@@ -349,22 +381,8 @@ def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Plac
 
 def _parts(group: UnitGroup, layer: str) -> int:
     """How many directions of a recurrent layer the units of a group span: two where a sum, say, couples them."""
-    recurrent = f"{layer}.weight_hh"
+    recurrent = _join(layer, "weight_hh")
     return len({span.tensor for span in group.spans if span.axis == 1 and span.tensor.startswith(recurrent)})
-
-
-def _half_tied(model: nn.Module, index: Mapping[Site, Tensor]) -> str:
-    """Why a tied tensor forbids the cut: it would be cut under one of its names and not under another."""
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for tensor_name, tensor in named_tensors(model).items():
-        names[id(tensor)].append(tensor_name)
-    modules = dict(model.named_modules())  # a shared module is listed once: its tensors are not tied
-    for shared in names.values():
-        shared = [n for n in shared if n.rpartition(".")[0] in modules]
-        cuts = [{(site[1], tuple(at.flatten().tolist())) for site, at in index.items() if site[0] == n} for n in shared]
-        if any(cut != cuts[0] for cut in cuts):
-            return f"it is tied: {' and '.join(shared)} are one tensor, and only one of them would be cut"
-    return ""
 
 
 def _join(module: str, leaf: str) -> str:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_slim.surgery.blocks import without
 from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.ties import untied
 from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, renumber
 from lightning_slim.weight_norm import editing, settle, stored
@@ -162,7 +163,8 @@ def _compare_units(
     modes: Mapping[nn.Module, bool],
 ) -> str:
     with untouched(model):
-        with _unmixed(model), _unread(model, groups, plan):
+        read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
+        with _unmixed(model), untied(model, read), _unread(model, groups, plan):
             before = _outputs(model, calls)
             trains = any(modes.values()) and _runs(model, calls, modes)
         cuts = remove_units(model, groups, plan)
@@ -196,8 +198,13 @@ def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bo
 
 
 def _alone(members: Sequence[UnitGroup]) -> Plan:
-    """Keeps every other unit, in pairs, so that neither halves nor a parity hide a mistake."""
-    return Plan({group.name: (torch.arange(group.size) % 4 < 2).roll(i) for i, group in enumerate(members)})
+    """Keeps every other unit, in pairs: neither halves nor a parity hide a mistake. More, where more must stay."""
+    plan = Plan()
+    for i, group in enumerate(members):
+        keep = torch.arange(group.size) % 4 < 2
+        keep[(~keep).nonzero().flatten()[: max(group.floor - int(keep.sum()), 0)]] = True
+        plan[group.name] = keep.roll(i)
+    return plan
 
 
 def _apart(together: Sequence[Sequence[UnitGroup]]) -> Plan:
@@ -206,7 +213,8 @@ def _apart(together: Sequence[Sequence[UnitGroup]]) -> Plan:
     for members in together:
         size = members[0].size
         # A fraction in lowest terms is that of no smaller group; of groups of one size, each takes another.
-        counts = [n for n in range(size // 2 + 1, size) if math.gcd(n, size) == 1]
+        least = max(size // 2 + 1, *(group.floor for group in members))
+        counts = [n for n in range(least, size) if math.gcd(n, size) == 1]
         counts = counts[: max(len(counts) // 2, 1)]
         kept = counts[turns[size] % len(counts)]
         turns[size] += 1

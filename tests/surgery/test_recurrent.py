@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_slim import Granger, Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
+from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, resize_to, restore, survey
 from lightning_slim.surgery.verify import vet
 from lightning_slim.units import Plan, UnitGroup
@@ -73,13 +74,13 @@ def test_the_cut_network_equals_the_zeroed_one_in_every_configuration(kind: str,
         network = Net(kind, use, **settings, **({"proj_size": projection} if projection else {})).eval()
         x = sequences(batch_first)
         groups = find_groups(network, x)
-        assert len(groups) == 2 + layers * (2 if both else 1), settings
+        assert len(groups) == 2 + layers * (2 if both else 1) * (2 if projection else 1), settings
         plan = different(groups)
         reference = zeroed(network, groups, plan)
         reference.r._flat_weights = [getattr(reference.r, name) for name in reference.r._flat_weights_names]
         remove_units(network, groups, plan)
         assert (network(x) - reference(x)).abs().max() < 1e-6, (settings, use)
-        assert network.r.hidden_size == (10 if projection else 8)
+        assert (network.r.hidden_size, network.r.proj_size) == (8, 4 if projection else 0)
         network.train()(x).sum().backward()
         assert all(p.grad is not None for p in network.parameters())
 
@@ -98,9 +99,64 @@ def test_a_unit_is_a_row_of_every_gate_by_hand() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_the_trial_passes_and_leaves_the_layer_usable(kind: str) -> None:
-    network, x = Net(kind, num_layers=2, bidirectional=True), sequences()
+def test_a_cell_behind_a_projection_is_a_row_of_every_gate_and_a_column_of_the_projection_by_hand() -> None:
+    network = Net("LSTM", num_layers=2, proj_size=6, bias=False)
+    group = next(group for group in find_groups(network, sequences()) if group.name == "r.cells_l1")
+    places = {(span.tensor, span.axis): (span.index[3].tolist(), span.role) for span in group.spans}
+    assert places == {
+        ("r.weight_ih_l1", 0): ([3, 13, 23, 33], "out"),
+        ("r.weight_hh_l1", 0): ([3, 13, 23, 33], "out"),
+        ("r.weight_hr_l1", 1): ([3], "in"),
+    }
+    assert (group.pack, group.floor) == ("r.cells", 7)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_more_cells_stay_than_there_were_projections(scope: Any) -> None:
+    """torch takes an LSTM whose cells are as many as its projections for one without."""
+    network, x = Net("LSTM", num_layers=2, bidirectional=True, proj_size=6), sequences()
+    pruner = Pruner(network, Magnitude(), Units(0.55), OneShot(0.5), selection=Selection(scope), compensate="none")
+    pruner.prepare(x)
+    cells = [name for name in pruner.widths if "cells" in name]
+    assert len(cells) == 4
+    event = pruner.step(0.5)
+    assert event is not None
+    assert {event.widths[name] for name in cells} == {7}
+    assert network.r.hidden_size == 7 > network.r.proj_size
+    assert network(x).shape == (5, 3, 3)
+    resumed = Pruner(network, Magnitude(), Units(0.5))
+    resumed.load_state_dict(pruner.state_dict())
+    assert {group.floor for group in resumed.groups if group.name in cells} == {7}
+    assert resumed.costs == pruner.costs
+    with pytest.raises(ValueError, match=r"at least 7 units of 'r\.cells_l0' to stay, got 6"):
+        remove_units(network, resumed.groups, {"r.cells_l0": torch.arange(7) < 6})
+
+
+class LastCell(nn.Module):
+    """Reads the last cells of an LSTM beside its last projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r, self.o, self.p = nn.LSTM(4, 10, proj_size=6), nn.Linear(10, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (hidden, cells) = self.r(x)
+        return self.o(cells[-1]) + self.p(hidden[-1])
+
+
+def test_cells_that_are_read_or_as_few_as_may_be_stay() -> None:
+    network, x = LastCell(), torch.randn(5, 3, 4)
+    found = survey(network, x)
+    unfit = vet(network, found.groups, {"": Example((x,))})
+    assert "the network fails without them" in unfit["r.cells_l0"]
+    found = survey(nn.LSTM(4, 7, proj_size=6), x)
+    assert found.left_whole["cells"] == "it has 7 cells, and 7 must stay"
+
+
+@pytest.mark.parametrize(("kind", "projection"), [("LSTM", 0), ("LSTM", 7), ("GRU", 0), ("RNN", 0)])
+def test_the_trial_passes_and_leaves_the_layer_usable(kind: str, projection: int) -> None:
+    settings = {"proj_size": projection} if projection else {}
+    network, x = Net(kind, num_layers=2, bidirectional=True, **settings), sequences()
     before, weights = network(x), copy.deepcopy(network.state_dict())
     groups = find_groups(network, x)
     assert "forward" not in vars(network.r)
@@ -183,8 +239,6 @@ def test_layers_and_directions_keep_as_many_units_but_not_the_same_ones() -> Non
 
 
 def test_a_global_budget_keeps_packs_together() -> None:
-    from lightning_slim.selection import Selection
-
     network, x = Net("LSTM", num_layers=2), sequences()
     with torch.no_grad():
         network.r.weight_hh_l0.mul_(10)
@@ -195,6 +249,35 @@ def test_a_global_budget_keeps_packs_together() -> None:
     assert event is not None
     assert event.widths["r"] == event.widths["r.l0"]
     assert event.reached <= 0.6
+
+
+class Residual(nn.Module):
+    """Two recurrent layers, of which the second adds to the first."""
+
+    def __init__(self, layers: int, hidden: int = 10) -> None:
+        super().__init__()
+        self.a, self.b = nn.GRU(4, 10, num_layers=2), nn.LSTM(10, hidden, num_layers=layers)
+        self.o = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)[0]
+        return self.o(h + self.b(h)[0][..., :10])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_that_make_the_same_units_are_of_one_pack(layers: int) -> None:
+    network, x = Residual(layers), torch.randn(5, 3, 4)
+    found = survey(network, x)
+    assert {group.name: group.pack for group in found.groups} == dict.fromkeys(["a", "a.l0", "b.l0"][: layers + 1], "a")
+    assert set(found.left_whole) == {"o"}
+    assert vet(network, found.groups, {"": Example((x,))}) == {}
+
+
+def test_layers_that_make_the_same_units_stay_whole_together() -> None:
+    found = survey(Residual(2, hidden=14), torch.randn(5, 3, 4))  # four units of b's are nobody else's
+    assert found.groups == []
+    assert "must keep as many units" in found.left_whole["a"]
+    assert "must keep as many units" in found.left_whole["b"]
 
 
 def test_granger_prunes_a_single_recurrent_layer() -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lightning_slim.surgery.layers.one_node import one_node
-from lightning_slim.units import Role
+from lightning_slim.units import MIN_UNITS, Role
 
 ROLES: tuple[Role, Role] = ("in", "out")
 
@@ -68,6 +68,14 @@ class LayerKind(ABC):
     def inner(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
         """Units that are not seen from outside the layer: (name, where they live)."""
         return ()
+
+    def cells(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
+        """Units behind those that the layer makes: (name, where they live); all groups must keep the same number."""
+        return ()
+
+    def min_cells(self, layer: nn.Module) -> int:
+        """How many of each of these groups must stay at least."""
+        return MIN_UNITS
 
     def pack(self, layer: nn.Module) -> int:
         """If all groups of the layer must keep the same number of units: the units of all of them; 0 if not."""

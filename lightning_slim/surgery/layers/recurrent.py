@@ -20,8 +20,8 @@ class Recurrent(LayerKind):
 
     Output channel `d * hidden + j` is unit `j` of direction `d` of the last layer. The units of lower layers are not
     seen from outside: they are `inner` groups. A module has one `hidden_size`, so all its layers and directions must
-    keep the same number of units; which ones may differ. With `proj_size`, the units are the projections; the cells
-    behind them stay, for torch takes an LSTM whose two sizes are equal for one without projections.
+    keep the same number of units; which ones may differ. With `proj_size`, the units are the projections, and the cells
+    behind them are units of their own.
     """
 
     types = (nn.RNNBase,)
@@ -51,6 +51,20 @@ class Recurrent(LayerKind):
                 read = [Place(f"weight_ih_l{level + 1}{s}", 1, unit + d * visible, "in") for s in suffixes]
                 groups.append((f"l{level}{suffix}", [*_made(layer, level, d, unit), *read]))
         return groups
+
+    def cells(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
+        assert isinstance(layer, nn.RNNBase)
+        unit = every_channel(layer.hidden_size)
+        suffixes = [f"_l{level}{s}" for level in range(layer.num_layers) for s in _suffixes(layer)]
+        return [
+            (f"cells{suffix}", [*_gates(layer, suffix, unit), Place(f"weight_hr{suffix}", 1, unit, "in")])
+            for suffix in suffixes
+            if layer.proj_size
+        ]
+
+    def min_cells(self, layer: nn.Module) -> int:
+        assert isinstance(layer, nn.RNNBase)
+        return layer.proj_size + 1  # torch takes an LSTM of two equal sizes for one without; projections only get fewer
 
     def pack(self, layer: nn.Module) -> int:
         assert isinstance(layer, nn.RNNBase)
