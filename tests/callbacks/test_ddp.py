@@ -44,13 +44,16 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     ],
 )
 def test_ranks_stay_equal(tmp_path: Path, kind: str, strategy: str) -> None:
+    """Elsewhere the reducer goes on watching dead tensors: it raises, or, with `find_unused_parameters`, ranks drift
+    apart without a word (by 1.7e-2 in three steps).
+    """
     first, second = run(tmp_path, kind, strategy)
     assert len(first) == len(second) == 24
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert first[0]["weights"]["net.c1.weight"].shape[0] == 8
     assert first[-1]["weights"]["net.c1.weight"].shape[0] == 4
-    moved = (first[-1]["weights"]["net.c1.weight"] - first[-2]["weights"]["net.c1.weight"]).abs().max()
-    assert moved > 0  # it still trains
+    last, before = first[-1]["weights"], first[-3]["weights"]
+    assert all(not torch.equal(last[name], before[name]) for name in last)  # all of it still trains
 
 
 @pytest.mark.slow
