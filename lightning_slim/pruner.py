@@ -130,6 +130,7 @@ class Pruner:
 
     # --- look ---
 
+    @torch.inference_mode(False)
     def prepare(self, example_inputs: Any = None, networks: Mapping[str, Any] | None = None) -> None:
         """Finds what can be removed, and checks that the budget can be reached.
 
@@ -260,6 +261,7 @@ class Pruner:
 
     # --- cut ---
 
+    @torch.inference_mode(False)
     def step(
         self,
         progress: float,

@@ -84,6 +84,7 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
         """Adds what one reader was given to the moments."""
@@ -100,6 +101,7 @@ class Recorder:
         with torch.autocast(inputs.device.type, enabled=False):  # a forward pass in bfloat16 would compute them so, too
             moments.update(table.flatten(1))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def observe_blocks(self, name: str, updates: Sequence[Tensor]) -> None:
         """Adds what every block adds to its input: one column a block, a row for every sample, step and channel."""
@@ -111,6 +113,7 @@ class Recorder:
         with torch.autocast(updates[0].device.type, enabled=False):
             moments.update(torch.stack([update.flatten()[::stride].float() for update in updates], 1))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def observe_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Adds the squared first-order effect of every unit; call it when gradients are whole and unscaled.

@@ -63,6 +63,7 @@ class StructureChange:
         return cuts
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[Cut]:
     """Cuts the units that a plan does not keep out of a model.
@@ -121,6 +122,7 @@ def _drop(model: nn.Module, path: str, results: int) -> list[Cut]:
     return [Cut(f"{path}.{name}", p, None, {}) for name, p in block.items() if id(p) not in left]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     """Gives tensors other shapes, smaller or larger, so that a checkpoint of that shape loads.

@@ -53,7 +53,10 @@ def workable(network: nn.Module, call: Example) -> Example:
     """
     weight = next((p for p in network.parameters() if p.is_floating_point()), None)
 
-    def alike(leaf: Any) -> Any:  # under autocast, one network's output in bfloat16 may be another one's input
+    def alike(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_inference():  # a batch of validation: it can never have a gradient
+            leaf = leaf.clone()
+        # Under autocast, one network's output in bfloat16 may be another one's input.
         half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
         return leaf.to(weight.dtype) if half and weight is not None else leaf
 

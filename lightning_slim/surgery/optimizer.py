@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_slim.surgery.cut import Cut
 
 
+@torch.inference_mode(False)
 def migrate(
     optimizers: Optimizer | Iterable[Optimizer],
     cuts: Sequence[Cut],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +17,7 @@ from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.ties import untied
 from lightning_slim.surgery.tracing import Example, untouched
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, renumber
+from lightning_slim.units import MIN_UNITS, Plan, Span, UnitGroup, renumber
 from lightning_slim.weight_norm import editing, settle, stored
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
@@ -273,16 +273,28 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
 def _unread(model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> Iterator[None]:
     """Zeroes the columns that read the removed units, for the time being."""
     spans = [(span, plan[g.name]) for g in groups if g.name in plan for span in g.spans if span.role == "in"]
-    held = [tensor for name in {span.tensor for span, _ in spans} for tensor in stored(model, name)]
-    saved = [(tensor, tensor.detach().clone()) for tensor in held]
+    undo: list[Callable[[], object]] = []
     try:
         for span, keep in spans:
+            at = span.index[~keep].flatten()
+            undo.append(_saved(model, span, at))
             with editing(model, span.tensor) as weight:
-                weight.index_fill_(span.axis, span.index[~keep].flatten().to(weight.device), 0)
+                weight.index_fill_(span.axis, at.to(weight.device), 0)
         yield
     finally:
-        for tensor, value in saved:
-            tensor.copy_(value)
+        for put_back in reversed(undo):  # what two spans share was zero already when the second came
+            put_back()
+
+
+def _saved(model: nn.Module, span: Span, at: Int[Tensor, "columns"]) -> Callable[[], object]:
+    """Remembers the columns of a weight; what it returns puts them back to the bit."""
+    tensors = stored(model, span.tensor)
+    if len(tensors) > 1:  # a direction and its lengths
+        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        return lambda: [tensor.copy_(value) for tensor, value in saved]
+    weight, at = tensors[0], at.to(tensors[0].device)
+    columns = weight.index_select(span.axis, at)
+    return lambda: weight.index_copy_(span.axis, at, columns)
 
 
 @contextmanager
@@ -293,18 +305,23 @@ def _loud(model: nn.Module) -> Iterator[None]:
     Zeros become random numbers; matrices get at least the size at which signals neither fade nor explode. Otherwise a
     branch that is multiplied by zero, or attention that is still uniform, could hide a wrong cut.
     """
-    changed: list[tuple[nn.Parameter, Tensor]] = []
+    noisy: list[tuple[nn.Parameter, Tensor]] = []
+    scaled: list[tuple[nn.Parameter, float]] = []
     try:
         with torch.random.fork_rng(devices=[]):
             for p in (p for p in model.parameters() if p.is_floating_point() and p.numel()):
                 target = LOUDNESS * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.0)
                 size = float(p.square().mean().sqrt())
-                if size < max(target, 1e-3):
-                    changed.append((p, p.detach().clone()))
-                    noise = torch.randn(p.shape).to(p) * (target or 0.1)
-                    p.copy_(noise if size < 1e-3 else p * (target / size))
+                if size < 1e-3:
+                    noisy.append((p, p.detach().clone()))
+                    p.copy_(torch.randn(p.shape) * (target or 0.1))
+                elif size < target:  # by a power of two, which is undone to the bit, without a copy
+                    scaled.append((p, 2.0 ** math.ceil(math.log2(target / size))))
+                    p.mul_(scaled[-1][1])
         yield
     finally:
-        for p, value in changed:
+        for p, value in noisy:
             p.copy_(value)
+        for p, factor in scaled:
+            p.div_(factor)
         settle(model)

@@ -42,9 +42,6 @@ from tests.surgery.test_recurrent import Net
 
 FROZEN = {"net.c1.weight", "net.c1.bias", "net.b1.weight", "net.b1.bias", "net.c2.weight"}
 RECURRENT = [("LSTM", 1), ("LSTM", 2), ("GRU", 1), ("RNN", 1)]
-inference = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="a trace, a record and a cut do not leave inference mode"
-)
 
 
 class Watch(pl.Callback):
@@ -174,9 +171,7 @@ def test_attributes_follow_a_tie_under_all_its_names(tmp_path: Path) -> None:
     assert lit.net.decoder.in_features == 6
 
 
-@pytest.mark.parametrize(
-    "within", [torch.enable_grad, torch.no_grad, pytest.param(torch.inference_mode, marks=inference)]
-)
+@pytest.mark.parametrize("within", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_groups_are_found_where_gradients_are_off(within: Callable[[], AbstractContextManager[Any]]) -> None:
     """Torch-Pruning fails inside `torch.no_grad()`, and in inference mode, in which Lightning validates."""
     network, x = Mixed(), images(0)[0]
@@ -187,7 +182,7 @@ def test_groups_are_found_where_gradients_are_off(within: Callable[[], AbstractC
     assert not pruner.left_whole.keys() - {"fc2"}
 
 
-@pytest.mark.parametrize("samples", [16, pytest.param(2, marks=inference)])
+@pytest.mark.parametrize("samples", [16, 2])
 def test_inputs_of_inference_mode_are_examples_as_good_as_any(samples: int) -> None:
     """Torch-Pruning cannot trace with a batch that a validation step left."""
     with torch.inference_mode():
@@ -197,9 +192,7 @@ def test_inputs_of_inference_mode_are_examples_as_good_as_any(samples: int) -> N
     assert pruner.widths == {"c1": 8, "c2": 6, "up": 16, "fc1": 20}
 
 
-@pytest.mark.parametrize(
-    "within", [torch.enable_grad, torch.no_grad, pytest.param(torch.inference_mode, marks=inference)]
-)
+@pytest.mark.parametrize("within", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_what_was_cut_where_gradients_are_off_trains_on(within: Callable[[], AbstractContextManager[Any]]) -> None:
     """The same, of a cut: tensors that are made in inference mode can never be trained or changed again."""
     network, (x, y) = Mixed(), images(0)
