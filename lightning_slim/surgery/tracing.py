@@ -5,6 +5,7 @@ torch-pruning knows how indices travel through concatenations, splits and flatte
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
                 raise
             raise UntraceableError(f"it cannot be traced ({type(error).__name__}: {error})") from error
     for node in graph.module2node.values():
+        if "SplitBackward" in type(node.grad_fn).__name__ or "SplitWithSizes" in type(node.grad_fn).__name__:
+            _mend_split(graph, node)
         if node.grad_fn in shapes.joined:
             _mend_concatenation(graph, node, shapes.joined[node.grad_fn])
         if node.grad_fn in shapes.flattened:
@@ -141,6 +144,9 @@ class _Shapes(TorchFunctionMode):
         ] = {}  # autograd node -> shape before everything but the batch was flattened
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "glu":  # it looks like an operation on each channel alone
+            made, gate = args[0].chunk(2, *args[1:], **(kwargs or {}))
+            return made * gate.sigmoid()
         output = func(*args, **(kwargs or {}))
         if func in (torch.cat, torch.concat, torch.concatenate):
             named = {"tensors": args[0] if args else None, "dim": args[1] if len(args) > 1 else 0, **(kwargs or {})}
@@ -153,6 +159,35 @@ class _Shapes(TorchFunctionMode):
 
 
 FLATTENING = (torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view)
+
+
+def _mend_split(graph: Any, node: Any) -> None:
+    """Which reader has which part: torch-pruning takes them in the order in which it meets the readers.
+
+    It also takes any axis but the second for one that has no channels.
+    """
+    from torch_pruning.dependency.index_mapping import _SplitIndexMapping
+    from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
+
+    sizes = node.grad_fn._saved_self_sym_sizes
+    axis = node.grad_fn._saved_dim if node.grad_fn._saved_dim < len(sizes) else node.grad_fn._saved_dim - 2**64
+    widths = [infer_out_channels_recursively(graph, source, [0]) for source in node.inputs]
+    if widths != [sizes[axis]]:
+        return
+    parts = getattr(node.grad_fn, "_saved_split_sizes", None)
+    if parts is None:
+        size = node.grad_fn._saved_split_size
+        parts = [min(size, sizes[axis] - start) for start in range(0, sizes[axis], size)]
+    starts = [0, *itertools.accumulate(parts)]
+    for reader in dict.fromkeys(node.outputs):
+        numbers = [number for source, number in reader.grad_fn.next_functions if source is node.grad_fn]
+        forth = [d for d in node.dependencies if d.target is reader]
+        back = [d for d in reader.dependencies if d.target is node]
+        if len(numbers) == len(forth) == len(back):
+            for number, there, here in zip(numbers, forth, back, strict=True):
+                place = starts[number : number + 2]
+                there.index_mapping[0] = _SplitIndexMapping(offset=place, reverse=False)
+                here.index_mapping[0] = _SplitIndexMapping(offset=place, reverse=True)
 
 
 def _mend_concatenation(graph: Any, node: Any, widths: list[int]) -> None:

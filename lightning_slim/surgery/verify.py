@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,16 +44,21 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
     for group in groups:
         packs.setdefault(group.pack or group.name, []).append(group)
 
-    def unfit(together: list[list[UnitGroup]]) -> dict[str, str]:
-        plan = _alone(*together) if len(together) == 1 else _apart(together)
-        reason = compare(model, groups, plan, calls) if plan else ""
+    def unfit(together: list[Plan]) -> dict[str, str]:
+        plan = Plan({name: keep for each in together for name, keep in each.items()})
+        if len(together) == 1:
+            plan = _alone([group for group in groups if group.name in plan])
+        reason = compare(model, groups, plan, calls)
         if not reason or len(together) == 1:
             return dict.fromkeys(plan, reason) if reason else {}
         middle = len(together) // 2
         return unfit(together[:middle]) | unfit(together[middle:])
 
+    reasons: dict[str, str] = {}
     with _loud(model):
-        return unfit(list(packs.values()))
+        for together in filter(None, _apart(packs.values())):
+            reasons |= unfit(together)
+    return reasons
 
 
 def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
@@ -81,10 +86,10 @@ def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> d
 
 
 def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, str], calls: Calls) -> dict[str, str]:
-    """Tries heads that cannot be cut alone together with the channels that they read and make.
+    """Tries groups that cannot be cut alone together with those that may have to shrink with them.
 
     Attention that is written as `x.view(..., heads, channels // heads)` takes the width of its input for that of its
-    heads: both must keep the same fraction of their units.
+    heads, and halves of a layer's output (`x.chunk(2)`) must stay halves: they keep the same fraction of their units.
 
     Args:
         model: the module that `groups` were found in; left as it was.
@@ -98,15 +103,22 @@ def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, s
     packs: dict[str, str] = {}
     alone = [group for group in groups if group.name in unfit and not group.pack]
     with _loud(model):
-        for stream in alone:
-            members = [stream, *(group for group in alone if _fills(group, stream))]
+        for stream in (group for group in alone if group.name not in packs):
+            members = [stream, *(group for group in alone if _fills(group, stream) or _beside(group, stream))]
             steps = min(group.size for group in members)
-            if steps == stream.size or steps <= MIN_UNITS or any(group.size % steps for group in members):
+            if len(members) == 1 or steps <= MIN_UNITS or any(group.size % steps for group in members):
                 continue
-            plan = {group.name: _spread(group.size, steps // 2 * (group.size // steps)) for group in members}
+            kept = max(steps // 2, MIN_UNITS)
+            plan = {group.name: _spread(group.size, kept * (group.size // steps)) for group in members}
             if not compare(model, groups, plan, calls):
                 packs.update(dict.fromkeys(plan, stream.name))
     return packs
+
+
+def _beside(one: UnitGroup, other: UnitGroup) -> bool:
+    """Whether two groups are equal parts of what one layer makes."""
+    made = one.name.partition("#")[0] == other.name.partition("#")[0]
+    return made and one.size == other.size and one is not other
 
 
 def _fills(heads: UnitGroup, stream: UnitGroup) -> bool:
@@ -207,20 +219,23 @@ def _alone(members: Sequence[UnitGroup]) -> Plan:
     return plan
 
 
-def _apart(together: Sequence[Sequence[UnitGroup]]) -> Plan:
-    """Keeps a bit more than half of every pack's units, another fraction of each as far as there are."""
-    plan, turns, draw = Plan(), Counter[int](), torch.Generator().manual_seed(0)
-    for members in together:
-        size = members[0].size
-        # A fraction in lowest terms is that of no smaller group; of groups of one size, each takes another.
-        least = max(size // 2 + 1, *(group.floor for group in members))
-        counts = [n for n in range(least, size) if math.gcd(n, size) == 1]
-        counts = counts[: max(len(counts) // 2, 1)]
-        kept = counts[turns[size] % len(counts)]
+def _apart(packs: Iterable[Sequence[UnitGroup]]) -> list[list[Plan]]:
+    """Plans for single packs, in rounds: in one round are no two of the same layer, or that keep the same fraction."""
+    rounds: list[list[Plan]] = []
+    turns, draw = Counter[int](), torch.Generator().manual_seed(0)
+    for members in packs:
+        size, floor = members[0].size, max(group.floor for group in members)
+        # A fraction in lowest terms is that of no smaller group. Of one size, the next takes another, or another round.
+        counts = sorted(
+            range(floor, size), key=lambda n: (math.gcd(n, members[0].size) > 1, abs(2 * n - members[0].size))
+        )
+        turn, number = divmod(turns[size], len(counts))
         turns[size] += 1
-        for group in members:
-            plan[group.name] = torch.randperm(size, generator=draw) < kept
-    return plan
+        turn += int(members[0].name.partition("#")[2] or 1) - 1
+        rounds += [[] for _ in range(turn + 1 - len(rounds))]
+        keeps = [torch.randperm(size, generator=draw) < counts[number] for _ in members]
+        rounds[turn].append(Plan({group.name: keep for group, keep in zip(members, keeps, strict=True)}))
+    return rounds
 
 
 def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:

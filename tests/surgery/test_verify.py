@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_slim import Magnitude, NoEffectWarning, OneShot, Pruner, Units, find_groups
+from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example
-from lightning_slim.surgery.verify import vet
+from lightning_slim.surgery.verify import pack_up, vet
 from tests.networks import Mixed, images, same
 from tests.surgery.test_cut import NETWORKS, Net, conv
 
@@ -115,3 +116,67 @@ def test_verification_can_be_turned_off() -> None:
     pruner = Pruner(network, Magnitude(), Units(0.5), OneShot(0.5), compensate="none", verify=False)
     pruner.prepare(x)
     assert pruner.step(0.5) is not None
+
+
+def halves(outputs: int, order: int = 1, axis: int = 1) -> nn.Module:
+    """Two layers read a half each of what one layer makes."""
+    layer = conv if axis == 1 else nn.Linear
+    return Net(
+        lambda s, x: (lambda a, b: s.o(F.relu(s.p(a) + s.q(b))))(*F.relu(s.a(x)).chunk(2, axis)[::order]),
+        a=layer(3, 2 * outputs),
+        p=layer(outputs, 5),
+        q=layer(outputs, 5),
+        o=layer(5, 2),
+    )
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("outputs", [4, 6, 8])
+def test_halves_for_different_layers_stay_halves(outputs: int, order: int, axis: int) -> None:
+    """Five channels in two chunks are three and two: small groups must not pass because they shrink together."""
+    network, x = halves(outputs, order, axis), torch.randn(2, 3, 6, 6) if axis == 1 else torch.randn(2, 7, 3)
+    groups, calls = find_groups(network, x), {"": Example((x,))}
+    unfit = vet(network, groups, calls)
+    assert unfit.keys() == {"a", "a#2"}
+    assert pack_up(network, groups, unfit, calls) == {"a": "a", "a#2": "a"}
+    pruner = Pruner(network, Magnitude(), Units(0.5), OneShot(0.5), selection=Selection("global"), compensate="none")
+    pruner.prepare(x)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.widths["a"] == event.widths["a#2"] < outputs
+
+
+GATES = {
+    "glu over channels": (
+        lambda: Net(lambda s, x: s.o(F.glu(s.a(x), 1)), a=conv(3, 8), o=conv(4, 3)),
+        torch.randn(2, 3, 6, 6),
+    ),
+    "glu over the last axis": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.GLU(), nn.Linear(4, 3)),
+        torch.randn(2, 7, 3),
+    ),
+    "swiglu": (
+        lambda: Net(
+            lambda s, x: (lambda a, b: s.o(F.silu(a) * b))(*s.a(x).chunk(2, -1)), a=nn.Linear(5, 8), o=nn.Linear(4, 3)
+        ),
+        torch.randn(2, 4, 5),
+    ),
+    "tanh and sigmoid of a series": (
+        lambda: Net(
+            lambda s, x: (lambda a, b: s.o(a.tanh() * b.sigmoid()))(*s.a(x).chunk(2, 1)),
+            a=nn.Conv1d(3, 8, 3),
+            o=nn.Conv1d(4, 2, 1),
+        ),
+        torch.randn(2, 3, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_channel_and_its_gate_are_one_unit(name: str) -> None:
+    make, x = GATES[name]
+    network = make()
+    groups = find_groups(network, x)
+    assert [group.size for group in groups] == [4]
+    assert vet(network, groups, {"": Example((x,))}) == {}
