@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import UnitGroup
+from lightning_slim.weight_norm import settle, weight_norms
 
 ALIKE = 0.5  # cosine of what comes out of a block without weights and what went in; normalisations turn it a little
 
@@ -198,18 +199,22 @@ def _hands_on(block: nn.Module, call: _Call) -> bool:
 def _silent(block: nn.Module) -> Iterator[None]:
     """Weights are zero meanwhile, and normalisations neither scale nor shift."""
     saved = [(tensor, tensor.clone()) for tensor in (*block.parameters(), *block.buffers())]
+    directions = {id(norm.v) for norm in weight_norms(block).values()}  # without a length, these count for nothing
     try:
         for module in block.modules():
             norm = "Norm" in type(module).__name__
             for name, parameter in module.named_parameters(recurse=False):
-                parameter.fill_(1.0 if norm and name == "weight" else 0.0)
+                if id(parameter) not in directions:
+                    parameter.fill_(1.0 if norm and name == "weight" else 0.0)
             for name, buffer in module.named_buffers(recurse=False):
                 if name in ("running_mean", "running_var"):
                     buffer.fill_(0.0 if name == "running_mean" else 1.0)
+        settle(block)
         yield
     finally:
         for tensor, value in saved:
             tensor.copy_(value)
+        settle(block)
 
 
 @contextmanager

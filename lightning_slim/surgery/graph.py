@@ -107,7 +107,8 @@ Point = tuple[Any, Role, int]  # one channel of a side
 class _Points:
     """Disjoint sets of channels of sides (union-find with path halving)."""
 
-    def __init__(self) -> None:
+    def __init__(self, single: set[Any]) -> None:
+        self.single = single  # nodes of one channel
         self.ids: defaultdict[Side, dict[int, int]] = defaultdict(dict)  # side -> channel -> number of the point
         self.parent: list[int] = []
         self.astray: set[int] = set()  # what they are coupled to could not be found out
@@ -132,7 +133,7 @@ class _Points:
 
 def _components(graph: Any) -> Iterator[tuple[list[Point], bool]]:
     """Every set of channels that must live or die together, and whether some of it may have been missed."""
-    points = _Points()
+    points = _Points(_single(graph))
     for module, node in list(graph.module2node.items()):
         makes_channels = type(module) is not nn.Parameter and layer_kind(module) is not None
         if makes_channels:
@@ -143,6 +144,31 @@ def _components(graph: Any) -> Iterator[tuple[list[Point], bool]]:
             members[points.find(i)].append((node, role, channel))
     astray = {points.find(i) for i in points.astray}
     yield from ((channels, root in astray) for root, channels in members.items())
+
+
+def _single(graph: Any) -> set[Any]:
+    """Nodes of one channel: layers that make one, and operations on nothing else."""
+    known: dict[Any, bool] = {}
+    for start in graph.module2node.values():
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            unknown = [source for source in node.inputs if source not in known and source not in stack]
+            channels = None if isinstance(node.module, nn.Parameter) else graph.get_out_channels(node)
+            if node in known or channels is not None or not unknown:
+                inputs = [known.get(source, False) for source in node.inputs]
+                known.setdefault(node, channels == 1 if channels is not None else bool(inputs) and all(inputs))
+                stack.pop()
+            else:
+                stack += unknown
+    return {node for node, single in known.items() if single}
+
+
+def _broadcasts(single: set[Any], one: Any, other: Any) -> bool:
+    """Whether one channel meets many in an operation: a gate, an attention pooling. They are not coupled."""
+    wide = other if one in single else one
+    is_layer = isinstance(wide.module, nn.Parameter) or layer_kind(wide.module) is not None
+    return (one in single) != (other in single) and not is_layer
 
 
 def _spread(graph: Any, points: _Points, node: Any, channels: Iterable[int]) -> None:
@@ -172,6 +198,9 @@ def _edges(
     trigger = _handler(graph, node, role)
     for dependency in node.dependencies:
         if dependency.trigger == trigger:
+            target_role = _role(graph, dependency.target, dependency.handler)
+            if "in" not in (role, target_role) and _broadcasts(points.single, node, dependency.target):
+                continue
             mappings = [
                 mapping
                 for mapping in dependency.index_mapping
@@ -187,7 +216,7 @@ def _edges(
                     points.astray.update(points.ids[node, role][channel] for channel in channels)
                     continue
                 pairs = [(i.root_idx, i.idx) for i in indices if i.root_idx is not None]
-            yield dependency.target, _role(graph, dependency.target, dependency.handler), pairs
+            yield dependency.target, target_role, pairs
     kind = None if type(node.module) is nn.Parameter else layer_kind(node.module)
     families = kind.families(node.module, role) if kind else None
     if families is not None:

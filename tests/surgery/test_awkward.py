@@ -197,7 +197,7 @@ def test_it_is_cut_right_or_left_whole(name: str) -> None:
         ("dense connections to the input", {"a"}),
         ("the same tensor twice", {"a"}),
         ("a filter pair for each channel", {"c"}),
-        ("a gate of one channel", set()),
+        ("a gate of one channel", {"a"}),
         ("transposed and flattened behind a norm", set()),
         ("shuffled behind a norm", set()),
         ("linear layers on steps, flattened", set()),
@@ -288,3 +288,19 @@ def test_series_of_one_step_have_no_past_and_short_ones_are_passed_over() -> Non
         network(torch.randn(5, 7, 4))
         network(torch.randn(5, 2, 4))
     assert other.moments["a"][0].count == 5 * 5
+
+
+def test_a_gate_of_one_channel_is_not_coupled_to_the_channels_that_it_scales() -> None:
+    """It meets all of them: what is removed of them leaves the gate alone, and the gate itself cannot go."""
+    network = Net(
+        lambda s, x: (lambda h: s.o((s.g(h).softmax(1).transpose(1, 2) @ h).squeeze(1)))(F.relu(s.a(x))),
+        a=nn.Linear(5, 8),
+        g=nn.Linear(8, 1),
+        o=nn.Linear(8, 3),
+    )
+    x = torch.randn(2, 6, 5)
+    found = survey(network, x)
+    assert [(group.name, group.size) for group in found.groups] == [("a", 8)]
+    assert {span.tensor for span in found.groups[0].spans} == {"a.weight", "a.bias", "g.weight", "o.weight"}
+    assert found.left_whole["g"] == "it has 1 units, and 2 must stay"
+    assert vet(network, found.groups, {"": Example((x,))}) == {}

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_slim.profile import count_macs
+from lightning_slim.surgery import Example, find_blocks
+from lightning_slim.surgery.verify import vet_blocks
 from tests.zoo.networks import ZOO
 from tests.zoo.test_zoo import KNOWN_BUGS, build, new_pruner
 
@@ -30,11 +32,11 @@ Well-known architectures at tiny widths, written in plain torch ([tests/zoo](../
 are that library's own classes from tiny configurations. Of each, half of the units that can go are cut (`Units(0.5)`),
 so what is left of the MACs depends on what stays whole. MACs are counted, for one sample, before and after; seconds are
 those of `Pruner.prepare` on one thread. *Left whole* says how many layers stay for which reason: those that make an
-output always do. Written by `python -m tests.zoo.coverage`, and [tested](../tests/zoo/test_zoo.py); where the tests
-know of a bug, there is a †.
+output always do. *Blocks* is how many residual blocks could go as well (`granularity="both"`). Written by
+`python -m tests.zoo.coverage`, and [tested](../tests/zoo/test_zoo.py); where the tests know of a bug, there is a †.
 
-| architecture | groups | units | left whole | MACs | after | ratio | seconds |
-|---|---:|---:|---|---:|---:|---:|---:|
+| architecture | groups | units | blocks | left whole | MACs | after | ratio | seconds |
+|---|---:|---:|---:|---|---:|---:|---:|---:|
 """
 
 # What a reason says -> in short; the first that is found counts.
@@ -70,6 +72,7 @@ def row(name: str) -> str:
     """One architecture: prepared, cut, and counted."""
     network, example = build(name)
     before = sum(count_macs(network, *example[:2]).values())
+    blocks = blocks_of(network, example)
     pruner = new_pruner(network)
     begin = time.perf_counter()
     with suppress(ValueError):  # nothing can be removed
@@ -82,7 +85,14 @@ def row(name: str) -> str:
     samples = len(next(leaf for leaf in tree_leaves(tuple(example)) if isinstance(leaf, Tensor)))
     marked = f"{name} †" if any(f"[{name}" in test for test in KNOWN_BUGS) else name
     macs = f"{before // samples:,} | {after // samples:,} | {after / before:.2f}"
-    return f"| {marked} | {len(pruner.groups)} | {units} | {summary(pruner.left_whole)} | {macs} | {seconds:.2f} |\n"
+    left = summary(pruner.left_whole)
+    return f"| {marked} | {len(pruner.groups)} | {units} | {blocks} | {left} | {macs} | {seconds:.2f} |\n"
+
+
+def blocks_of(network: nn.Module, example: Example) -> int:
+    """How many residual blocks can go."""
+    groups = find_blocks(network, example)
+    return sum(group.size for group in groups) - len(vet_blocks(network, groups, {"": example}))
 
 
 def main() -> None:
