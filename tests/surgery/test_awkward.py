@@ -47,6 +47,20 @@ class Norm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Patches(nn.Module):
+    """Patches beside a token, laid out by a width that the network remembers, as in torchvision's ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_dim = 8
+        self.a, self.b = conv(3, 8), nn.Linear(8, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x)).reshape(len(x), self.hidden_dim, -1).transpose(1, 2)
+        return self.b(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+
+
 def images(channels: int = 3) -> Tensor:
     return torch.randn(2, channels, 6, 6)
 
@@ -140,6 +154,7 @@ NETWORKS = {
         Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=conv(3, 8), n=Norm2d(8), b=conv(8, 2)),
         images(),
     ),
+    "a width that the network remembers": lambda: (Patches(), images()),
     "linear layers on steps, flattened": lambda: (
         Net(lambda s, x: s.b(F.relu(s.a(x)).flatten(1)), a=nn.Linear(4, 8), b=nn.Linear(48, 2)),
         torch.randn(2, 6, 4),
@@ -215,6 +230,7 @@ def test_it_is_cut_right_or_left_whole(name: str) -> None:
         ("a branch in training only", set()),
         ("spectral norm", set()),
         ("a norm of images", {"a"}),
+        ("a width that the network remembers", {"a"}),
     ],
 )
 def test_what_can_be_cut_of_it(name: str, cut: set[str]) -> None:
