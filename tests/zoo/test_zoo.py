@@ -44,6 +44,9 @@ WHOLE = {
     "Maxout": "0.pieces: the network fails without them",
 }
 
+# How far the outputs of the cut network may be from those of the zeroed one, where that is not 1e-5 of the largest.
+LOOSE = {"AlexNet": 1e-4}  # its local response norm hears a little of the neighbours, which are others after a cut
+
 # Name of a test -> what is wrong. Once it is mended, the test says so.
 KNOWN_BUGS: dict[str, str] = {}
 
@@ -195,10 +198,10 @@ def double(example: Example) -> Example:
 
 
 @torch.no_grad()
-def assert_equal(one: nn.Module, other: nn.Module, example: Example) -> None:
-    """Their outputs are the same to 1e-4 of the largest."""
+def assert_equal(one: nn.Module, other: nn.Module, example: Example, tolerance: float = 1e-5) -> None:
+    """Their outputs are the same to that fraction of the largest."""
     for a, b in zip(call(one, example), call(other, example), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(a.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(a.abs().max()))
 
 
 @pytest.mark.parametrize("weights", ["trained", "random"])
@@ -211,13 +214,14 @@ def test_the_cut_network_equals_the_zeroed_one(pruned: Pruned, weights: str) -> 
         if group in mixing or group.pack in packs:
             plan[group.name] = torch.ones_like(plan[group.name])
     network = randomised(pruned.dense) if weights == "random" else copy.deepcopy(pruned.dense).double().eval()
-    assert_equal(*zeroed_and_cut(network, pruned.groups, plan), double(pruned.example))
+    zero, cut = zeroed_and_cut(network, pruned.groups, plan)
+    assert_equal(zero, cut, double(pruned.example), LOOSE.get(pruned.name, 1e-5))
 
 
 def test_it_does_with_all_units_where_norms_only_scale_and_shift(pruned: Pruned) -> None:
     zero, cut = zeroed_and_cut(randomised(pruned.dense), pruned.groups, pruned.plan)
     with _unmixed(zero), _unmixed(cut):
-        assert_equal(zero, cut, double(pruned.example))
+        assert_equal(zero, cut, double(pruned.example), LOOSE.get(pruned.name, 1e-5))
 
 
 def test_a_fresh_network_takes_the_slim_state(pruned: Pruned) -> None:
