@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from lightning_slim.surgery.verify import _unmixed
 from lightning_slim.units import Plan, UnitGroup
 from tests.networks import same
 from tests.surgery.test_cut import zeroed
+from tests.zoo.libraries import library
 from tests.zoo.networks import ZOO
 
 QUICK = {
@@ -257,3 +260,15 @@ def test_what_cannot_be_removed_is_named_with_the_reason(name: str) -> None:
     with pytest.raises(ValueError, match=f"Nothing can be removed.*{WHOLE[name]}"):
         new_pruner(network).prepare(example)
     assert same(before, network.state_dict())
+
+
+def test_a_broken_library_skips_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("from . import half\nraise RuntimeError('no such operator')")
+    (tmp_path / "torchvision" / "half.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(pytest.skip.Exception, match=r"torchvision cannot be imported .*no such operator"):
+        library("torchvision")
+    assert not any(name.split(".")[0] == "torchvision" for name in sys.modules)
