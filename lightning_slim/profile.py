@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,22 +81,30 @@ def count_macs(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, 
         >>> count_macs(nn.Linear(3, 5), (torch.zeros(2, 3),))
         {'': 30}
     """
+    counted = count_by_operator(model, args, kwargs)
+    return {name: sum(by_operator.values()) for name, by_operator in counted.items()}
+
+
+def count_by_operator(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Counter[Any]]:
+    """The same, operator by operator."""
     counter = FlopCounterMode(display=False)
     with evaluating(model), _countable(), counter:
         model(*args, **(kwargs or {}))
     # The counter names a module by its path from the class of the outermost one.
     root = type(model).__name__
     totals = {
-        name.removeprefix(root).removeprefix("."): sum(by_operator.values()) // 2
+        name.removeprefix(root).removeprefix("."): Counter({op: flops // 2 for op, flops in by_operator.items()})
         for name, by_operator in counter.get_flop_counts().items()
         if name == root or name.startswith(f"{root}.")
     }
-    own = dict(totals)
-    for name, macs in totals.items():
+    own = {name: Counter(by_operator) for name, by_operator in totals.items()}
+    for name, by_operator in totals.items():
         parent = next((p for p in _parents(name) if p in own), None)
         if parent is not None:
-            own[parent] -= macs
-    return {name: macs for name, macs in own.items() if macs}
+            own[parent].subtract(by_operator)
+    return {name: by_operator for name, by_operator in own.items() if any(by_operator.values())}
 
 
 def _parents(name: str) -> Iterator[str]:

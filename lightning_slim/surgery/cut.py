@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery.blocks import Dropped, drop, put_back
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.layers.attention import WIDTH
 from lightning_slim.units import Plan, UnitGroup, named_tensors, renumber
 from lightning_slim.weight_norm import weight_norm_of, weight_norms
 
@@ -225,8 +226,9 @@ def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
     for path, module in model.named_modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if id(tensor) in new:
+                if tensor is not None and id(tensor) in new:
                     held[name] = new[id(tensor)]
+                    _follow(module, tensor.shape, new[id(tensor)].shape)
                     parts = path.split(".") if path else []
                     layers |= {tuple(parts[:depth]) for depth in range(len(parts) + 1)}
     # Outer layers come first: those that are built of others, as attention is, learn from these how they were before.
@@ -237,3 +239,13 @@ def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
             norm.refresh()
         if kind is not None:
             kind.refresh(module)
+
+
+def _follow(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> None:
+    """Widths of a network that holds a tensor of its own, as a class token, follow that tensor."""
+    if layer_kind(module) is None:
+        for name in WIDTH:
+            for before, after in zip(old, new, strict=True):
+                if before != after and module.__dict__.get(name) == before:
+                    setattr(module, name, after)
+                    break

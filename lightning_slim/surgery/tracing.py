@@ -66,8 +66,13 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
         widths.update({type(m): (_Carried if k.channel_axis is None else _Width)(k) for m, k in kinds.items()})
         network_fails = True
 
+        graph = tp.DependencyGraph()
+
         def forward(*_: Any) -> Any:
             nonlocal network_fails
+            graph._2d_4d = (
+                False  # it would guess at views, and divide by zero at a shuffle; their real shapes are known
+            )
             args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
             with shapes:
                 output = model(*args, **kwargs)
@@ -75,7 +80,7 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
             return output
 
         try:
-            graph = tp.DependencyGraph().build_dependency(
+            graph.build_dependency(
                 traced,
                 example_inputs=None,
                 forward_fn=forward,
@@ -92,8 +97,8 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
             _mend_split(graph, node)
         if node.grad_fn in shapes.joined:
             _mend_concatenation(graph, node, shapes.joined[node.grad_fn])
-        if node.grad_fn in shapes.flattened:
-            _mend_flatten(node, shapes.flattened[node.grad_fn])
+        if node.grad_fn in shapes.reshaped:
+            _mend_reshape(graph, node, *shapes.reshaped[node.grad_fn])
     if not outputs:
         raise UntraceableError(
             f"Expected {type(model).__name__} to return a tensor that depends on its weights, got none: "
@@ -134,14 +139,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 class _Shapes(TorchFunctionMode):
-    """Watches what torch-pruning can only guess at: which axis is joined, and what is flattened."""
+    """Watches what torch-pruning can only guess at: which axis is joined, and what is reshaped."""
 
     def __init__(self) -> None:
         super().__init__()
         self.joined: dict[Any, list[int]] = {}  # autograd node -> sizes of the parts along the joined axis
-        self.flattened: dict[
-            Any, torch.Size
-        ] = {}  # autograd node -> shape before everything but the batch was flattened
+        self.reshaped: dict[Any, tuple[torch.Size, torch.Size]] = {}  # autograd node -> shape before, and after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "glu":  # it looks like an operation on each channel alone
@@ -152,13 +155,15 @@ class _Shapes(TorchFunctionMode):
             named = {"tensors": args[0] if args else None, "dim": args[1] if len(args) > 1 else 0, **(kwargs or {})}
             self.joined[output.grad_fn] = [part.shape[named.get("axis", named["dim"])] for part in named["tensors"]]
         before: Any = args[0] if args else None
-        flattens = func in FLATTENING and isinstance(before, Tensor) and output.ndim == 2 < before.ndim
-        if flattens and output.shape[0] == before.shape[0]:
-            self.flattened[output.grad_fn] = before.shape
+        if func in RESHAPING and isinstance(before, Tensor) and before.shape[:1] == output.shape[:1]:
+            self.reshaped[output.grad_fn] = before.shape, output.shape
         return output
 
 
-FLATTENING = (torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view)
+RESHAPING = (
+    torch.flatten, torch.unflatten, torch.reshape,
+    Tensor.flatten, Tensor.unflatten, Tensor.reshape, Tensor.view,
+)  # fmt: skip
 
 
 def _mend_split(graph: Any, node: Any) -> None:
@@ -212,20 +217,47 @@ def _mend_concatenation(graph: Any, node: Any, widths: list[int]) -> None:
         forth.index_mapping[1] = _ConcatIndexMapping(offset=place, reverse=False)
 
 
-def _mend_flatten(node: Any, shape: torch.Size) -> None:
-    """The positions behind a flatten from the shape before it; torch-pruning infers them from layers farther away.
+def _mend_reshape(graph: Any, node: Any, before: torch.Size, after: torch.Size) -> None:
+    """The positions behind a flatten or view from the shapes around it.
 
-    The channels of (batch, channels, ...) own runs of positions. Of (batch, steps, channels) nothing is mended: the
-    trial of the cut finds out which of the two it was.
+    The channels of (batch, channels, ...) own runs of positions, flattened or not. Of (batch, steps, channels) they do
+    not: the trial of the cut finds out which of the two it was. Where several neighbours of (..., neighbours, channels)
+    are laid side by side, as patches are when they merge, every neighbour has all channels.
     """
     from torch_pruning.dependency.index_mapping import _FlattenIndexMapping
+    from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
-    stride = shape[2:].numel()
+    forth: Any = None
+    if len(after) == 2 < len(before):
+        forth, back = (_FlattenIndexMapping(before[2:].numel(), reverse) for reverse in (False, True))
+    elif len(before) == 2 < len(after):
+        forth, back = (_FlattenIndexMapping(after[2:].numel(), reverse) for reverse in (True, False))
+    elif 2 < len(after) < len(before) and after[:-1] == before[: len(after) - 1]:
+        width = before[-1]
+        if all(infer_out_channels_recursively(graph, source, [0]) == width for source in node.inputs):
+            forth, back = _Tiling(width, after[-1] // width), _Tiling(width, 0)
+    if forth is None:
+        return
     for dependency in (d for d in node.dependencies if d.target in node.inputs):
-        dependency.index_mapping[0] = _FlattenIndexMapping(stride=stride, reverse=True)
+        dependency.index_mapping[0] = back
     for source in node.inputs:
         for dependency in (d for d in source.dependencies if d.target is node):
-            dependency.index_mapping[0] = _FlattenIndexMapping(stride=stride, reverse=False)
+            dependency.index_mapping[0] = forth
+
+
+class _Tiling(NamedTuple):
+    """From channels to their positions in every tile; or back, if no number of tiles is given."""
+
+    width: int
+    tiles: int
+
+    def __call__(self, indices: list[Any]) -> list[Any]:
+        from torch_pruning._helpers import _HybridIndex
+
+        if not self.tiles:
+            return [_HybridIndex(idx=i.idx % self.width, root_idx=i.root_idx) for i in indices]
+        starts = [tile * self.width for tile in range(self.tiles)]
+        return [_HybridIndex(idx=i.idx + start, root_idx=i.root_idx) for i in indices for start in starts]
 
 
 class _Input(nn.Module):

@@ -268,7 +268,8 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
     """Normalisations that mix channels only scale and shift them, for the time being."""
 
     def scale_and_shift(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        last = not isinstance(module, nn.GroupNorm)  # where the channels are: at the end, or at axis 1
+        first = isinstance(module, nn.GroupNorm) or type(module).__name__.endswith("2d")
+        last = not first  # where the channels are: at the end, or at axis 1
         shape = (-1, *[1] * (output.ndim - 2))
         weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         scaled = args[0] if weight is None else args[0] * weight.view(weight.shape if last else shape)

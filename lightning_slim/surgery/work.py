@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_slim.costs import Work
-from lightning_slim.profile import count_macs
-from lightning_slim.surgery.layers import LayerKind, layer_kind
+from lightning_slim.profile import count_by_operator
+from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.tracing import Example
 from lightning_slim.weight_norm import weight_norm_of
 
@@ -27,38 +26,25 @@ def find_work(model: nn.Module, calls: Mapping[str, Example]) -> list[Work]:
 
 
 def _of_network(network: nn.Module, call: Example, root: str) -> Iterator[Work]:
-    projected: Counter[str] = Counter()
-
-    def watch(name: str, kind: LayerKind) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            projected[name] += kind.projected(layer, *args, **kwargs)
-
-        return hook
-
-    kinds = {name: layer_kind(module) for name, module in network.named_modules()}
-    handles = [
-        network.get_submodule(name).register_forward_pre_hook(watch(name, kind), with_kwargs=True)
-        for name, kind in kinds.items()
-        if kind is not None
-    ]
-    try:
-        macs = count_macs(network, call.args, call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
     prefix = f"{root}." if root else ""
-    for name, count in macs.items():
+    for name, by_operator in count_by_operator(network, call.args, call.kwargs).items():
         layer = network.get_submodule(name)
-        path, kind = f"{prefix}{name}.".lstrip("."), kinds[name]
+        path, kind, count = f"{prefix}{name}.".lstrip("."), layer_kind(layer), sum(by_operator.values())
         mixing = kind.mixing(layer) if kind is not None else None
         matrices = _matrices(layer, path)
         if mixing is None:
             yield Work(count // call.samples, matrices, layer=path[:-1])
             continue
-        yield Work((count - projected[name]) // call.samples, (path + mixing[0],), mixing[1], path[:-1])
-        if projected[name]:
+        # A layer may use the weights of others without calling these.
+        projected = sum(by_operator[operator] for operator in WITH_WEIGHTS)
+        yield Work((count - projected) // call.samples, (path + mixing[0],), mixing[1], path[:-1])
+        if projected:
             inside = [_matrices(child, f"{path}{n}.") for n, child in layer.named_children()]
-            yield Work(projected[name] // call.samples, (*matrices, *itertools.chain(*inside)), layer=path[:-1])
+            yield Work(projected // call.samples, (*matrices, *itertools.chain(*inside)), layer=path[:-1])
+
+
+aten = torch.ops.aten
+WITH_WEIGHTS = (aten.mm, aten.addmm, aten.convolution, aten._convolution)  # attention itself is a product of batches
 
 
 def _matrices(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:

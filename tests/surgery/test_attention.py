@@ -60,9 +60,13 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = self.project(self.qkv, x).reshape(n, t, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         weights = (self.scale * (q @ k.transpose(-1, -2)) + self.position_bias).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(n, t, self.attn_dim))
+        return self.project(self.proj, (weights @ v).transpose(1, 2).reshape(n, t, self.attn_dim))
+
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x)
 
 
 class Interleaved(nn.Module):
@@ -109,6 +113,13 @@ class Counted(nn.Module):
         return self.c_proj(h.transpose(1, 2).contiguous().view(n, t, c))
 
 
+class Uncalled(Fused):
+    """The same, by the weights of its layers without calling these, as torchvision's Swin does."""
+
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+
 def around(attention: nn.Module) -> nn.Module:
     """A linear layer before and one behind, so that the width of the attention can be cut as well."""
     return Net(
@@ -143,6 +154,7 @@ NETWORKS = {
     "output projection elsewhere": lambda: (around(Separate(output=False)), steps(), "attention", HEADS),
     "grouped, output elsewhere": lambda: (around(Separate(3, output=False)), steps(), "attention", 3),
     "fused, with biases a head": lambda: (around(Fused()), steps(), "attention.heads", HEADS),
+    "fused, by weights alone": lambda: (around(Uncalled()), steps(), "attention.heads", HEADS),
     "interleaved": lambda: (around(Interleaved()), steps(), "attention.heads", HEADS),
     "counted": lambda: (around(Counted()), steps(), "attention.heads", HEADS),
     "cross-attention": lambda: (crossed(Separate()), (*steps(), torch.randn(4, 6, 7)), "attention.heads", HEADS),

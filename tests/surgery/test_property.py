@@ -21,7 +21,24 @@ from tests.surgery.test_cut import zeroed
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "25"))  # `make test-all` asks for more
 
-BLOCKS = ("plain", "residual", "bottleneck", "concat", "split", "grouped", "depthwise", "squeeze", "pool", "gate", "up")
+BLOCKS = (
+    "plain", "residual", "bottleneck", "concat", "split", "grouped", "depthwise", "squeeze", "pool", "gate", "up",
+    "attention", "fused attention",
+)  # fmt: skip
+
+
+class FusedAttention(nn.Module):
+    """One layer for queries, keys and values, and one behind the heads."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, head_dim
+        self.qkv, self.proj = nn.Linear(width, 3 * heads * head_dim), nn.Linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1))
 
 
 class Block(nn.Module):
@@ -52,8 +69,18 @@ class Block(nn.Module):
         if kind == "gate":
             self.a, self.b = conv(width, new), conv(width, new)
             self.out = new
+        if kind == "attention":
+            self.a, self.b = nn.Linear(width, 2 * new), nn.Linear(2 * new, width)
+            self.heads = nn.MultiheadAttention(2 * new, 4, batch_first=True)
+        if kind == "fused attention":
+            self.a = FusedAttention(width, new, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        if "attention" in self.kind:
+            y = self.a(x.flatten(2).transpose(1, 2))
+            if self.kind == "attention":
+                y = self.b(self.heads(y, y, y, need_weights=False)[0])
+            return x + y.transpose(1, 2).reshape(x.shape)
         if self.kind in ("residual", "bottleneck"):
             return F.relu(x + self.b(F.relu(self.a(x))))
         if self.kind in ("grouped", "depthwise"):

@@ -28,11 +28,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 INTRODUCTION = """\
 # What is cut of which network
 
-Well-known architectures at tiny widths, written in plain torch ([tests/zoo](../tests/zoo)); those marked *transformers*
-are that library's own classes from tiny configurations. Of each, half of the units that can go are cut (`Units(0.5)`),
-so what is left of the MACs depends on what stays whole. MACs are counted, for one sample, before and after; seconds are
-those of `Pruner.prepare` on one thread. *Left whole* says how many layers stay for which reason: those that make an
-output always do. *Blocks* is how many residual blocks could go as well (`granularity="both"`). Written by
+Well-known architectures at tiny widths, written in plain torch ([tests/zoo](../tests/zoo)); those marked
+*transformers*, *torchvision* or *timm* are that library's own classes at small sizes, and are left out where it is not
+installed. Of each, half of the units that can go are cut (`Units(0.5)`), so what is left of the MACs depends on what
+stays whole. MACs are counted, for one sample, before and after; seconds are those of `Pruner.prepare` on one thread.
+*Left whole* says how many layers stay for which reason: those that make an output always do. *Blocks* is how many
+residual blocks could go as well (`granularity="both"`). Written by
 `python -m tests.zoo.coverage`, and [tested](../tests/zoo/test_zoo.py); where the tests know of a bug, there is a †.
 
 | architecture | groups | units | blocks | left whole | MACs | after | ratio | seconds |
@@ -47,7 +48,7 @@ SHORT = {
     "is under spectral norm": "under spectral norm",
     "is parametrized": "parametrized",
     "is tied": "tied",
-    "could not be followed": "channels could not be followed",
+    "could not be followed|cannot follow": "channels could not be followed",
     r"it has \d+ units": "too few units",
     "the network fails without them.*(shape '|unflatten)": "view of fixed sizes",
     "the network fails without them.*pixel_shuffle": "pixel shuffle",
@@ -96,7 +97,7 @@ def blocks_of(network: nn.Module, example: Example) -> int:
 
 
 def main() -> None:
-    """One row for each architecture; those of transformers are left out where it is not installed."""
+    """One row for each architecture; those of libraries are left out where these are not installed."""
     torch.set_num_threads(1)
     rows = []
     for name in ZOO:

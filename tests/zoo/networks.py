@@ -7,6 +7,7 @@ from tests.zoo.blocks import Builder
 from tests.zoo.convolutional import CONVOLUTIONAL
 from tests.zoo.huggingface import HUGGINGFACE
 from tests.zoo.images import IMAGES
+from tests.zoo.libraries import LIBRARIES
 from tests.zoo.perceptrons import PERCEPTRONS
 from tests.zoo.residual import RESIDUAL
 from tests.zoo.sequences import SEQUENCES
@@ -19,4 +20,5 @@ ZOO: dict[str, Builder] = {
     **SEQUENCES,
     **PERCEPTRONS,
     **HUGGINGFACE,
+    **LIBRARIES,
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from lightning_slim.surgery.verify import _unmixed
 from lightning_slim.units import Plan, UnitGroup
 from tests.networks import same
 from tests.surgery.test_cut import zeroed
+from tests.zoo.libraries import library
 from tests.zoo.networks import ZOO
 
 QUICK = {
@@ -40,8 +43,12 @@ QUICK = {
 
 # Of these nothing can be removed, and the error says why.
 WHOLE = {
-    "Maxout": "0.pieces: the outputs change",  # pieces lie side by side in one layer: no edge of the graph joins them
+    # Pieces lie side by side in one layer: no edge of the graph joins them.
+    "Maxout": "0.pieces: the network fails without them",
 }
+
+# How far the outputs of the cut network may be from those of the zeroed one, where that is not 1e-5 of the largest.
+LOOSE = {"AlexNet": 1e-4}  # its local response norm hears a little of the neighbours, which are others after a cut
 
 # Name of a test -> what is wrong. Once it is mended, the test says so.
 KNOWN_BUGS: dict[str, str] = {}
@@ -194,10 +201,10 @@ def double(example: Example) -> Example:
 
 
 @torch.no_grad()
-def assert_equal(one: nn.Module, other: nn.Module, example: Example) -> None:
-    """Their outputs are the same to 1e-4 of the largest."""
+def assert_equal(one: nn.Module, other: nn.Module, example: Example, tolerance: float = 1e-5) -> None:
+    """Their outputs are the same to that fraction of the largest."""
     for a, b in zip(call(one, example), call(other, example), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(a.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(a.abs().max()))
 
 
 @pytest.mark.parametrize("weights", ["trained", "random"])
@@ -210,13 +217,14 @@ def test_the_cut_network_equals_the_zeroed_one(pruned: Pruned, weights: str) -> 
         if group in mixing or group.pack in packs:
             plan[group.name] = torch.ones_like(plan[group.name])
     network = randomised(pruned.dense) if weights == "random" else copy.deepcopy(pruned.dense).double().eval()
-    assert_equal(*zeroed_and_cut(network, pruned.groups, plan), double(pruned.example))
+    zero, cut = zeroed_and_cut(network, pruned.groups, plan)
+    assert_equal(zero, cut, double(pruned.example), LOOSE.get(pruned.name, 1e-5))
 
 
 def test_it_does_with_all_units_where_norms_only_scale_and_shift(pruned: Pruned) -> None:
     zero, cut = zeroed_and_cut(randomised(pruned.dense), pruned.groups, pruned.plan)
     with _unmixed(zero), _unmixed(cut):
-        assert_equal(zero, cut, double(pruned.example))
+        assert_equal(zero, cut, double(pruned.example), LOOSE.get(pruned.name, 1e-5))
 
 
 def test_a_fresh_network_takes_the_slim_state(pruned: Pruned) -> None:
@@ -252,3 +260,15 @@ def test_what_cannot_be_removed_is_named_with_the_reason(name: str) -> None:
     with pytest.raises(ValueError, match=f"Nothing can be removed.*{WHOLE[name]}"):
         new_pruner(network).prepare(example)
     assert same(before, network.state_dict())
+
+
+def test_a_broken_library_skips_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("from . import half\nraise RuntimeError('no such operator')")
+    (tmp_path / "torchvision" / "half.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(pytest.skip.Exception, match=r"torchvision cannot be imported .*no such operator"):
+        library("torchvision")
+    assert not any(name.split(".")[0] == "torchvision" for name in sys.modules)

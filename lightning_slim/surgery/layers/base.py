@@ -89,10 +89,6 @@ class LayerKind(ABC):
         """The tensor and axis whose size the layer's MACs without weights follow; None if it has none."""
         return None
 
-    def projected(self, layer: nn.Module, *args: Any, **kwargs: Any) -> int:
-        """Of a call with these arguments: the MACs with weights, of a layer that has some without as well."""
-        return 0
-
     @abstractmethod
     def refresh(self, layer: nn.Module) -> None:
         """Make the layer's attributes (`out_features`, ...) follow the shapes of its tensors."""

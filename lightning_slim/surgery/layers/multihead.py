@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -146,13 +146,6 @@ class MultiheadAttention(LayerKind):
 
     def mixing(self, layer: nn.Module) -> tuple[str, int]:
         return "in_proj_weight", 0
-
-    def projected(self, layer: nn.Module, *args: Any, **kwargs: Any) -> int:
-        assert isinstance(layer, nn.MultiheadAttention)
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        query, key, value = (int(given[name].numel()) for name in ("query", "key", "value"))
-        heads: int = layer.num_heads * layer.head_dim
-        return heads * (2 * query + key + value)  # the output has the query's size
 
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.MultiheadAttention)
