@@ -215,13 +215,14 @@ class Prune(SlimCallback):
         self._watching.close()
         self._recalibrating.close()
         self._warn_if_short(trainer)
+        folder = trainer.log_dir or trainer.default_root_dir  # asked of all ranks: they agree on it
         if self.print_report and trainer.is_global_zero and self.pruner.prepared and self.pruner.calls:
             try:
                 table = self.report(metrics_of(trainer))
             except Exception as error:  # a report must never fail a run that is over
                 rank_zero_warn(f"The report could not be made: {type(error).__name__}: {error}")
                 return
-            table.save(trainer.log_dir or trainer.default_root_dir)
+            table.save(folder)
             Console().print(table)
 
     # --- details ---

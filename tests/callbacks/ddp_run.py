@@ -14,7 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from lightning_slim import Granger
 from tests.callbacks.runs import Lit, loader, trainer
+from tests.callbacks.test_depth import Deep, both
 from tests.callbacks.test_resume import prune
 
 STRATEGIES = {
@@ -48,7 +50,9 @@ class WriteDown(Callback):
 def main() -> None:
     torch.set_num_threads(1)
     folder, kind, strategy, *checkpoint = sys.argv[1:]
-    callback = prune(kind)
+    blocks = kind == "blocks"
+    callback = both(Granger(0)) if blocks else prune(kind)
+    callback.print_report = True
     fit = trainer(
         folder,
         callback,
@@ -58,7 +62,7 @@ def main() -> None:
         devices=2,
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
-    fit.fit(Lit(), loader(64), ckpt_path=checkpoint[0] if checkpoint else None)
+    fit.fit(Deep() if blocks else Lit(), loader(64), ckpt_path=checkpoint[0] if checkpoint else None)
     assert len(callback.history.events) == 2
 
 

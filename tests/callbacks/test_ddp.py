@@ -49,6 +49,7 @@ def test_ranks_stay_equal(tmp_path: Path, kind: str, strategy: str) -> None:
     """
     first, second = run(tmp_path, kind, strategy)
     assert len(first) == len(second) == 24
+    assert (tmp_path / "report.md").exists()  # made by rank 0 alone, at a place that all agree on
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert first[0]["weights"]["net.c1.weight"].shape[0] == 8
     assert first[-1]["weights"]["net.c1.weight"].shape[0] == 4
@@ -62,3 +63,13 @@ def test_ranks_are_equal_after_a_resume_too(tmp_path: Path) -> None:
     first, second = run(tmp_path / "resumed", "granger", "plain", str(tmp_path / "straight" / "epoch=2.ckpt"))
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert first[-1]["weights"]["net.c1.weight"].shape == straight[-1]["weights"]["net.c1.weight"].shape
+
+
+@pytest.mark.slow
+def test_ranks_lose_the_same_blocks(tmp_path: Path) -> None:
+    first, second = run(tmp_path / "straight", "blocks", "plain")
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[-1]["weights"].keys() < first[0]["weights"].keys()
+    resumed, other = run(tmp_path / "resumed", "blocks", "plain", str(tmp_path / "straight" / "epoch=2.ckpt"))
+    assert all(equal(a, b) for a, b in zip(resumed, other, strict=True))
+    assert resumed[-1]["weights"].keys() == first[-1]["weights"].keys()

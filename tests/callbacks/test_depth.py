@@ -40,16 +40,14 @@ class Deep(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+def both(score: Score) -> Prune:
+    """Cuts blocks and units at the start of epochs 2 and 4."""
+    schedule = Linear(start=0.0, end=4 / 6)
+    return Prune(score, Units(0.5), schedule, recovery_epochs=2, record_every_n_steps=3, granularity="both")
+
+
 def run(folder: Path, score: Score, *others: pl.Callback, ckpt_path: Path | None = None) -> tuple[Deep, Any, Prune]:
-    """Cuts at the start of epochs 2 and 4."""
-    callback = Prune(
-        score,
-        Units(0.5),
-        Linear(start=0.0, end=4 / 6),
-        recovery_epochs=2,
-        record_every_n_steps=3,
-        granularity="both",
-    )
+    callback = both(score)
     every_epoch = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     deep = Deep()
     fit = trainer(folder, callback, every_epoch, *others)
