@@ -177,6 +177,7 @@ class Pruner:
         for root, call in calls.items():
             groups = find_blocks(self.model.get_submodule(root), call, f"{root}." if root else "")
             found.update((group.name, group) for group in groups)
+        found = self.agree(found)
         unfit = self.agree(vet_blocks(self.model, list(found.values()), calls)) if self.verify else {}
         unfit |= {path: why for group in found.values() for path in group.blocks if (why := self._unwanted(path))}
         self.left_whole |= unfit
@@ -204,7 +205,8 @@ class Pruner:
     @property
     def in_step(self) -> bool:
         """Whether the model still has the shapes that this pruner left it with."""
-        stands = all(path in dict(self.model.named_modules()) for group in self.groups for path in group.layers)
+        modules = dict(self.model.named_modules())
+        stands = all(path in modules for group in self.groups for path in group.layers)
         return stands and self._shapes == _shapes(self.model, self.groups) and self._gone == set(dropped(self.model))
 
     @property

@@ -8,36 +8,24 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_slim import Granger, Linear, Prune, Score, Taylor, Units, load_from_checkpoint
 from lightning_slim.surgery import dropped
-from tests.callbacks.runs import loader, trainer
+from tests.callbacks.runs import Lit, loader, trainer
 from tests.networks import images, same, same_optimizer_state
 from tests.surgery.test_blocks import Residual
 
 
-class Deep(pl.LightningModule):
-    """Five residual blocks of convolutions, AdamW."""
+class Deep(Lit):
+    """Five residual blocks of convolutions instead."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        body = [nn.Conv2d(images(0)[0].shape[1], 8, 3, padding=1), *(Residual(8) for _ in range(5))]
+        body = [nn.Conv2d(3, 8, 3, padding=1), *(Residual(8) for _ in range(5))]
         self.net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-    test_step = validation_step
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def both(score: Score) -> Prune:
