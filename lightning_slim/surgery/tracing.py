@@ -64,15 +64,12 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
     widths: dict[Any, Any] = {_Input: _InputWidth()}
     with untouched(model), _opaque(model) as kinds:
         widths.update({type(m): (_Carried if k.channel_axis is None else _Width)(k) for m, k in kinds.items()})
-        network_fails = True
-
-        graph = tp.DependencyGraph()
+        network_fails, graph = True, tp.DependencyGraph()
 
         def forward(*_: Any) -> Any:
             nonlocal network_fails
-            graph._2d_4d = (
-                False  # it would guess at views, and divide by zero at a shuffle; their real shapes are known
-            )
+            # It would guess at views, and divide by zero at a shuffle; their real shapes are known.
+            graph._2d_4d = False
             args, kwargs = tree_map(follow, (example.args, dict(example.kwargs)))
             with shapes:
                 output = model(*args, **kwargs)

@@ -20,36 +20,14 @@ from lightning_slim.units import Role
 
 # What projections, head counts and widths are called; a layer is understood if its names are here.
 QUERIES = (
-    "q_proj",
-    "q_lin",
-    "query",
-    "queries",
-    "to_q",
-    "q",
-    "wq",
-    "w_q",
-    "q_linear",
-    "query_proj",
-    "q_net",
-    "Wq",
-    "W_q",
-)
+    "q_proj", "q_lin", "query", "queries", "to_q", "q", "wq", "w_q", "q_linear", "query_proj",
+    "q_net", "Wq", "W_q",
+)  # fmt: skip
 KEYS = ("k_proj", "k_lin", "key", "keys", "to_k", "k", "wk", "w_k", "k_linear", "key_proj", "k_net", "Wk", "W_k")
 VALUES = (
-    "v_proj",
-    "v_lin",
-    "value",
-    "values",
-    "to_v",
-    "v",
-    "wv",
-    "w_v",
-    "v_linear",
-    "value_proj",
-    "v_net",
-    "Wv",
-    "W_v",
-)
+    "v_proj", "v_lin", "value", "values", "to_v", "v", "wv", "w_v", "v_linear", "value_proj",
+    "v_net", "Wv", "W_v",
+)  # fmt: skip
 FUSED = ("qkv", "qkv_proj", "in_proj", "c_attn", "to_qkv", "Wqkv", "query_key_value", "qkv_linear", "proj_qkv", "w_qkv")
 INTERLEAVED = ("query_key_value",)  # (heads, 3, width) instead of (3, heads, width)
 OUTPUTS = (
