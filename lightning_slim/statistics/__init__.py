@@ -4,12 +4,15 @@ from lightning_slim.statistics.granger import ForwardSelection, Regression, forw
 from lightning_slim.statistics.least_squares import Image, least_squares_image
 from lightning_slim.statistics.moments import Moments, merged
 from lightning_slim.statistics.series import with_lags
+from lightning_slim.statistics.tails import chi2_log_sf, f_log_sf
 
 __all__ = [
     "ForwardSelection",
     "Image",
     "Moments",
     "Regression",
+    "chi2_log_sf",
+    "f_log_sf",
     "forward_selection",
     "least_squares_image",
     "merged",
