@@ -1,5 +1,6 @@
 """Tensors in, tensors out; knows no layer, no unit, no trainer."""
 
+from lightning_slim.statistics.bivariate import GrangerTest, Tested, granger_test
 from lightning_slim.statistics.granger import ForwardSelection, Regression, forward_selection
 from lightning_slim.statistics.least_squares import Image, least_squares_image
 from lightning_slim.statistics.moments import Moments, merged
@@ -8,12 +9,15 @@ from lightning_slim.statistics.tails import chi2_log_sf, f_log_sf
 
 __all__ = [
     "ForwardSelection",
+    "GrangerTest",
     "Image",
     "Moments",
     "Regression",
+    "Tested",
     "chi2_log_sf",
     "f_log_sf",
     "forward_selection",
+    "granger_test",
     "least_squares_image",
     "merged",
     "with_lags",
