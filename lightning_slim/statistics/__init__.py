@@ -2,6 +2,7 @@
 
 from lightning_slim.statistics.bivariate import GrangerTest, Tested, granger_test
 from lightning_slim.statistics.granger import ForwardSelection, Regression, forward_selection
+from lightning_slim.statistics.lag_order import LagOrder, Stationarity, common_lag_order, stationarity
 from lightning_slim.statistics.least_squares import Image, least_squares_image
 from lightning_slim.statistics.moments import Moments, merged
 from lightning_slim.statistics.multiple_testing import adjusted_log_p, adjusted_p
@@ -13,12 +14,15 @@ __all__ = [
     "ForwardSelection",
     "GrangerTest",
     "Image",
+    "LagOrder",
     "Moments",
     "Regression",
+    "Stationarity",
     "Tested",
     "adjusted_log_p",
     "adjusted_p",
     "chi2_log_sf",
+    "common_lag_order",
     "differences",
     "f_log_sf",
     "forward_selection",
@@ -26,5 +30,6 @@ __all__ = [
     "least_squares_image",
     "merged",
     "over_rolling_rms",
+    "stationarity",
     "with_lags",
 ]
