@@ -1,5 +1,6 @@
 """Tensors in, tensors out; knows no layer, no unit, no trainer."""
 
+from lightning_slim.statistics.backward import BackwardElimination, backward_elimination
 from lightning_slim.statistics.bivariate import GrangerTest, Tested, granger_test
 from lightning_slim.statistics.conditional import (
     ConditionalTest,
@@ -17,6 +18,7 @@ from lightning_slim.statistics.series import with_lags
 from lightning_slim.statistics.tails import chi2_log_sf, f_log_sf
 
 __all__ = [
+    "BackwardElimination",
     "ConditionalTest",
     "ForwardSelection",
     "GrangerTest",
@@ -29,6 +31,7 @@ __all__ = [
     "Tested",
     "adjusted_log_p",
     "adjusted_p",
+    "backward_elimination",
     "chi2_log_sf",
     "common_lag_order",
     "differences",
