@@ -128,7 +128,7 @@ def granger_test(
         own_lags: steps of the target's past; as many as `lags` unless given.
         robust: `"hc3"` allows the residuals' variance to change. It looks at every row of every pair, and is slower
             by an order of magnitude. A pair with a row that no other row can predict (leverage 1) has F 0 and p 1.
-        chunk_bytes: working memory; 8 MiB on the CPU, whose cache it should fit, and 256 MiB elsewhere.
+        chunk_bytes: working memory; 16 MiB on the CPU, near the size of its cache, and 256 MiB elsewhere.
 
     Raises:
         ValueError: too few steps, numbers of lags below 1, series of other lengths, or values that are not finite.
@@ -142,7 +142,7 @@ def granger_test(
     """
     own_lags = lags if own_lags is None else own_lags
     check_series(series, targets, lags, own_lags)
-    chunk_bytes = chunk_bytes or (1 << 23 if series.device.type == "cpu" else 1 << 28)
+    chunk_bytes = chunk_bytes or (1 << 24 if series.device.type == "cpu" else 1 << 28)
     targets = targets.to(series.device)
     blocks = [
         _block(series, block, lags, own_lags, robust == "hc3", chunk_bytes)
