@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_slim.statistics.bivariate import PERFECT, check_series, standardised
+from lightning_slim.statistics.bivariate import LARGEST, PERFECT, check_series, standardised
 from lightning_slim.statistics.orthonormal import RANK_TOLERANCE, orthonormalised
 from lightning_slim.statistics.tails import f_log_sf
 
@@ -145,7 +145,7 @@ def leave_one_out_test(
     df_denom = rows - joint.df - rank
     f = odds / df_num.clamp_min(1) * df_denom
     log_p = f_log_sf(f, df_num, torch.full_like(df_num, df_denom))
-    unit = joint.scale.square()
+    unit = joint.scale.square().clamp_max(LARGEST)
     return ConditionalTest(f, log_p, odds.log1p(), rss_own * unit, rss * unit, df_num, df_denom)
 
 

@@ -48,6 +48,6 @@ def without(
     for _ in range(2):
         if basis is not None:
             column = column - basis @ (basis.T @ column)
-        for direction in directions:
-            column = column - direction * (direction * column).sum(0)
+        along = (directions * column).sum(1, keepdim=True)
+        column = column - (directions * along).sum(0)
     return column

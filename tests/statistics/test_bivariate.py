@@ -214,6 +214,42 @@ def test_unusable_input_is_refused(series: Tensor, targets: Tensor, lags: int, m
         unchecked(series, targets, lags)
 
 
+def awkward(steps: int, number: int) -> Tensor:
+    """Series of all the kinds that make regressions fail, mixed at random."""
+    t = torch.arange(steps, dtype=torch.float64)
+    kinds = [
+        lambda: torch.randn(steps),
+        lambda: torch.randn(steps).relu(),
+        lambda: torch.zeros(steps),
+        lambda: torch.ones(steps) / 3,
+        lambda: (torch.rand(steps) < 0.1).double(),
+        lambda: t**2,
+        lambda: torch.exp(-t / 5),
+        lambda: torch.sin(t / 2),
+        lambda: (t % 2) - 0.5,
+        lambda: torch.randn(steps).cumsum(0).round(),
+    ]
+    picks = [kinds[int(torch.randint(len(kinds), ()))]().double() for _ in range(number)]
+    scales = 10.0 ** torch.randint(-12, 13, (number,)).double()
+    offsets = torch.randn(number) * 10.0 ** torch.randint(-3, 8, (number,)).double()
+    result = torch.stack(picks, 1) * scales + offsets * (torch.rand(number) < 0.3)
+    result[:, -1] = result[:, 0].roll(1)  # an echo
+    return result
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("robust", ["none", "hc3"])
+def test_no_input_leads_to_nan(seed: int, robust) -> None:
+    torch.manual_seed(seed)
+    lags, own_lags, steps = (int(torch.randint(*ends, ())) for ends in ((1, 5), (1, 5), (15, 60)))
+    series = awkward(steps, 30)
+    targets = torch.cat([awkward(steps, 8), series[:, :2].roll(1, 0), torch.randn(steps, 1).double() * 1e200], 1)
+    test = granger_test(series, targets, lags, own_lags, robust)
+    assert_sound(test)
+    assert (test.df_num <= lags).all()
+    assert ((test.df_num > 0) | (test.p == 1)).all()
+
+
 @pytest.mark.parametrize("steps", [8, 9, 12])
 def test_the_shortest_series_have_a_result(steps: int) -> None:
     series, target = torch.randn(steps, 5, dtype=torch.float64), torch.randn(steps, 1, dtype=torch.float64)

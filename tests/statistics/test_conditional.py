@@ -138,3 +138,23 @@ def test_ridge_refuses_no_penalty_and_is_finite_for_the_dead() -> None:
         ridge_leave_one_out(series, targets, 1, ridge=0.0)
     result = ridge_leave_one_out(torch.zeros(40, 3), torch.zeros(40, 2), 1)
     assert not result.increase.any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_input_leads_to_nan(seed: int) -> None:
+    """Waves, impulses, copies, echoes, the dead, of all units."""
+    torch.manual_seed(seed)
+    t = torch.arange(100, dtype=torch.float64)
+    noise = torch.randn(100, 4, dtype=torch.float64)
+    others = [0 * t, 0 * t + 0.1, t, torch.sin(t / 2), (t == 50).double(), (t % 2), torch.exp(-t / 9)]
+    series = torch.cat([noise, noise[:, :1], noise[:, 1:2].roll(1, 0), torch.stack(others, 1)], 1)
+    series = series[:, torch.randperm(13)] * 10.0 ** torch.randint(-12, 13, (13,)).double()
+    targets = torch.stack([torch.randn(100), noise[:, 0].roll(1), torch.sin(t / 3), 0 * t, noise[:, 2]], 1)
+    test = leave_one_out_test(series, targets, 2)
+    for value in (test.f, test.log_p, test.effect, test.rss_own, test.rss):
+        assert value.isfinite().all()
+    assert (test.df_num >= 0).all()
+    assert ((test.df_num > 0) | (test.p == 1)).all()
+    assert (test.effect >= 0).all()
+    for ridge in (None, 1e-6, 1e6):
+        assert ridge_leave_one_out(series, targets, 2, ridge=ridge).increase.isfinite().all()
