@@ -62,6 +62,18 @@ def test_with_lags_a_unit_is_its_present_and_past() -> None:
     assert set(selection.order[:2].tolist()) == {0, 3}
 
 
+def test_the_first_choices_are_those_of_the_whole_order() -> None:
+    x = torch.randn(300, 12, dtype=torch.float64)
+    both = [regression(x, x @ torch.randn(12, 2, dtype=torch.float64)), regression(x, x[:, :2])]
+    whole = forward_selection(both, 6)
+    for keep in (0, 1, 4, 6):
+        first = forward_selection(both, 6, keep=keep)
+        assert torch.equal(first.order, whole.order[:keep])
+        assert torch.equal(first.gains, whole.gains[:keep])
+    with pytest.raises(ValueError, match="expected to keep 0 to 6 units, got 7"):
+        forward_selection(both, 6, keep=7)
+
+
 def test_several_readers_are_averaged() -> None:
     x = torch.randn(300, 3, dtype=torch.float64)
     first, second = regression(x, x[:, :1] * 5), regression(x, x[:, 1:2])
