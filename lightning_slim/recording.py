@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_slim.eager import eagerly
 from lightning_slim.statistics import Moments, with_lags
 from lightning_slim.surgery.layers.multihead import module_by_module
+from lightning_slim.surgery.layers.recurrent import heard
 from lightning_slim.units import Reader, UnitGroup, gradients, parameters_of, rows
 
 # Rows of one batch, for each column: a convolution has a row for every pixel, many more than second moments need.
@@ -67,16 +68,22 @@ class Recorder:
         for moments in (m for group in self.moments.values() for m in group if m is not None):
             moments.decay(self.memory)
         handles = []
+        recurrent: dict[nn.RNNBase, list[tuple[str, int, Reader]]] = {}
         if self.wants_moments:
             for group in self.groups:
                 for slot, reader in enumerate(group.readers):
                     layer = self.model.get_submodule(reader.layer)
+                    if isinstance(layer, nn.RNNBase):
+                        recurrent.setdefault(layer, []).append((group.name, slot, reader))
+                        continue
                     hook = _Watch(self, group.name, slot, reader)
                     handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
                 together = _WatchBlocks(self, group.name, group.blocks)
                 for path in group.blocks:
                     block = self.model.get_submodule(path)
                     handles.append(block.register_forward_hook(together.of(path), with_kwargs=True))
+        for layer, readers in recurrent.items():
+            handles.append(layer.register_forward_pre_hook(_WatchRecurrent(self, readers), with_kwargs=True))
         try:
             with eagerly(), module_by_module(self.model):
                 yield
@@ -199,6 +206,20 @@ class _Watch:
         inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | PackedSequence))
         inputs = inputs.data if isinstance(inputs, PackedSequence) else inputs
         self.recorder.observe(self.group, self.slot, self.reader, inputs)
+
+
+class _WatchRecurrent:
+    """A forward pre-hook on a recurrent layer, whose weights read the input or what other levels and steps make."""
+
+    def __init__(self, recorder: Recorder, readers: Sequence[tuple[str, int, Reader]]) -> None:
+        self.recorder, self.readers = recorder, readers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, nn.RNNBase)
+        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        read = heard(module, given["input"], given.get("hx"))
+        for group, slot, reader in self.readers:
+            self.recorder.observe(group, slot, reader, read[reader.span.tensor.rpartition(".")[2]])
 
 
 class _WatchBlocks:

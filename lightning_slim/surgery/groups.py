@@ -253,7 +253,7 @@ class _Unit:
             for site, at in network.places(channel.owner, channel.role):
                 if at[channel.number] >= 0:
                     places[site].add(at[channel.number])
-                    if channel.role == site[2] == "in" and kind is not None and kind.channel_axis is not None:
+                    if site[2] == "in" and kind is not None and kind.channel_axis is not None:
                         read[site] = None
         # Several channels of the layer that makes them are variables of their own; several positions of one channel,
         # as behind a flatten, are repetitions.
@@ -367,7 +367,7 @@ def _add_cells(network: _Network, name: str, prefix: str, result: Survey) -> Non
 
 
 def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Place], prefix: str) -> UnitGroup:
-    """A group inside a layer; those of its own layers that are called read it."""
+    """A group inside a layer."""
     sites: dict[Site, list[Tensor]] = {}
     for place in places:
         for tensor, own in _stored(model.get_submodule(layer), place, place.role or "out"):
@@ -377,7 +377,7 @@ def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Plac
     for site, at in sites.items():
         tensor, axis, role = site
         spans.append(Span(prefix + tensor, axis, torch.cat(at, 1), role))
-        if role == "in" and tensor.rpartition(".")[0] != layer:
+        if role == "in" and ".weight_hr" not in tensor:  # what the cells behind projections say is not seen
             readers.append(_reader(model, spans[-1], {}, prefix, joint=spans[-1].index.shape[1] > 1))
     return UnitGroup(f"{_join(prefix.rstrip('.'), layer)}.{inner}".lstrip("."), tuple(spans), tuple(readers))
 

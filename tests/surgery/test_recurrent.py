@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_slim import Granger, Magnitude, OneShot, Pruner, Units, find_groups, migrate, remove_units
+from lightning_slim import Granger, Magnitude, OneShot, Pruner, Taylor, Units, find_groups, migrate, remove_units
 from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, resize_to, restore, survey
+from lightning_slim.surgery.layers.recurrent import heard
 from lightning_slim.surgery.verify import vet
 from lightning_slim.units import Plan, UnitGroup
 from tests.networks import same
@@ -291,13 +293,79 @@ def test_granger_prunes_a_single_recurrent_layer() -> None:
     assert event.widths["r"] == event.widths["r#2"] == 5
 
 
-def test_a_skipped_direction_keeps_the_others_whole() -> None:
+def test_a_level_that_stays_keeps_the_others_whole() -> None:
     network, x = Net("LSTM", num_layers=2), sequences()
-    pruner = Pruner(network, Granger(), Units(0.5), OneShot(0.5))
-    pruner.prepare(x)  # Granger sees no reader of the lower layer
+    for name, parameter in network.r.named_parameters():
+        parameter.requires_grad_(not name.endswith("_l0"))
+    pruner = Pruner(network, Taylor(), Units(0.5), OneShot(0.5), compensate="none")
+    pruner.prepare(x)
     assert set(pruner.widths) == {"i", "h"}
-    assert "no linear layer" in pruner.left_whole["r.l0"]
+    assert "it is frozen" in pruner.left_whole["r.l0"]
     assert "beside it that stays whole" in pruner.left_whole["r"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@torch.no_grad()
+def test_what_levels_hear_is_what_the_levels_below_say(
+    kind: str, bidirectional: bool, batch_first: bool, proj_size: int, packed: bool
+) -> None:
+    if proj_size and kind != "LSTM":
+        pytest.skip("only LSTMs have projections")
+    options = {"proj_size": proj_size} if proj_size else {}
+    layer = getattr(nn, kind)(4, 6, 3, batch_first=batch_first, bidirectional=bidirectional, dropout=0.0, **options)
+    whole = torch.randn(5, 7, 4)
+    x = whole if batch_first else whole.transpose(0, 1)
+    if packed:
+        x = nn.utils.rnn.pack_padded_sequence(x, [7, 6, 4, 4, 1], batch_first=batch_first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LSTM with projections")
+        made, read = layer(x)[0], heard(layer, x)
+        below = getattr(nn, kind)(4, 6, 2, batch_first=batch_first, bidirectional=bidirectional, **options)
+        below.load_state_dict({name: p for name, p in layer.state_dict().items() if "_l2" not in name})
+        lower = below(x)[0]
+    made, lower = (y.data if packed else y if batch_first else y.transpose(0, 1) for y in (made, lower))
+    suffixes = ["", "_reverse"] if bidirectional else [""]
+    torch.testing.assert_close(torch.cat([read[f"weight_hh_l2{s}"] for s in suffixes], -1), made)
+    torch.testing.assert_close(read["weight_ih_l2"], lower)
+    torch.testing.assert_close(read["weight_ih_l0"], x.data if packed else whole)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_hidden_units_that_say_the_same_fold_into_one_at_every_level(kind: str, bidirectional: bool) -> None:
+    """The second half of each level are copies of the first: half of the units go, and next to nothing is lost."""
+    torch.manual_seed(0)
+    layer = getattr(nn, kind)(4, 8, 2, batch_first=True, bidirectional=bidirectional)
+    network = Plain(layer, nn.Linear(8 * (1 + bidirectional), 3)).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            gates = parameter.unflatten(0, (-1, 8))  # a view
+            gates[:, 4:] = gates[:, :4].clone()
+    x = torch.randn(64, 9, 4).double()
+    pruner = Pruner(network, Granger(0), Units(0.5), OneShot(0.5), compensate="least_squares")
+    pruner.prepare(x)
+    assert len(pruner.widths) == 2 * (1 + bidirectional)
+    with pruner.recording():
+        before = network(x).detach()
+    for keep in pruner.plan(0.5).values():
+        assert bool((keep[:4] ^ keep[4:]).all())  # one of each pair
+    pruner.step(0.5)
+    torch.testing.assert_close(network(x), before, rtol=0, atol=0.02 * float(before.abs().max()))
+
+
+class Plain(nn.Module):
+    """A recurrent layer and a linear one."""
+
+    def __init__(self, recurrent: nn.Module, linear: nn.Module) -> None:
+        super().__init__()
+        self.r, self.o = recurrent, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.r(x)[0])
 
 
 class Seq2Seq(nn.Module):

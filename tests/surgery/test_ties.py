@@ -226,7 +226,7 @@ def test_a_unit_owns_a_column_of_the_embedding_and_all_of_a_hidden_unit_by_hand(
         ("r.weight_hh_l0", 1): ([3], "in"),
         ("d.weight", 1): ([3], "in"),
     }
-    assert [reader.layer for reader in group.readers] == ["d", "r"]
+    assert [reader.span.tensor for reader in group.readers] == ["r.weight_hh_l0", "d.weight", "r.weight_ih_l0"]
 
 
 def test_a_tied_tensor_weighs_once() -> None:

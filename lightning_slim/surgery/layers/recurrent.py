@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -72,7 +73,7 @@ class Recurrent(LayerKind):
 
     def bias_of(self, layer: nn.Module, tensor: str) -> str | None:
         assert isinstance(layer, nn.RNNBase)
-        return tensor.replace("weight_ih", "bias_ih") if layer.bias else None
+        return tensor.replace("weight_", "bias_") if layer.bias else None
 
     def stand_in(self, layer: nn.Module) -> Callable[..., Any]:
         """An initial state is not followed: what hangs on one fails the trial, and is left whole."""
@@ -108,6 +109,52 @@ class Recurrent(LayerKind):
         # The forward pass reads this list, not the parameters: a stale one reads freed memory.
         layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
         layer.flatten_parameters()
+
+
+@torch.no_grad()
+def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None) -> dict[str, Tensor]:
+    """What the columns of each weight read, step by step: the input, or hidden units of a level and direction.
+
+    The levels are computed anew, one by one and without the dropout between them. Recurrent columns are given the
+    hidden units of their own step: those of the step before are the same, but for the first and last.
+
+    Args:
+        layer: an LSTM, GRU or RNN.
+        inputs: what it is called with.
+        state: the initial state that it is called with, if any.
+
+    Returns:
+        Name of a weight -> (batch, steps, columns); of a packed sequence (elements, columns).
+    """
+    run: Any = getattr(torch._VF, layer.mode.lower())
+    directions, packed = len(_suffixes(layer)), isinstance(inputs, PackedSequence)
+    x = inputs.data if isinstance(inputs, PackedSequence) else inputs
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(layer.get_parameter("weight_ih_l0").dtype)
+        if not packed:
+            x = x.unsqueeze(0) if x.ndim == 2 else x if layer.batch_first else x.transpose(0, 1)
+        batch = int(inputs.batch_sizes[0]) if isinstance(inputs, PackedSequence) else len(x)
+        sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
+        states = (state,) if isinstance(state, Tensor) else state
+        read: dict[str, Tensor] = {}
+        weights = len(layer._flat_weights) // layer.num_layers
+        for level in range(layer.num_layers):
+            read.update({f"weight_ih_l{level}{suffix}": x for suffix in _suffixes(layer)})
+            if states is None:
+                first = [x.new_zeros(directions, batch, size) for size in sizes]
+            else:
+                own = slice(level * directions, (level + 1) * directions)
+                first = [s.unsqueeze(1)[own] if s.ndim == 2 else s[own] for s in states]
+            initial = tuple(first) if layer.mode == "LSTM" else first[0]
+            flat = layer._flat_weights[level * weights : (level + 1) * weights]
+            rest = (flat, layer.bias, 1, 0.0, False, layer.bidirectional)
+            if isinstance(inputs, PackedSequence):
+                x = run(x, inputs.batch_sizes, initial, *rest)[0]
+            else:
+                x = run(x, initial, *rest, True)[0]
+            halves = x.chunk(directions, -1)
+            read.update({f"weight_hh_l{level}{s}": half for s, half in zip(_suffixes(layer), halves, strict=True)})
+    return read
 
 
 def _suffixes(layer: nn.RNNBase) -> list[str]:
