@@ -10,6 +10,8 @@ from lightning_slim.statistics.information import MutualInformation, mutual_info
 from lightning_slim.statistics.kruskal import KruskalWallis, kruskal_wallis
 from lightning_slim.statistics.least_squares import Image, least_squares_image
 from lightning_slim.statistics.moments import Moments, merged
+from lightning_slim.statistics.panel import PanelGranger, PanelTest
+from lightning_slim.statistics.panel_rows import PanelDesign, distinct_rows
 from lightning_slim.statistics.screening import Screening
 from lightning_slim.statistics.series import with_lags
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
@@ -26,10 +28,14 @@ __all__ = [
     "Moments",
     "MultilabelAnova",
     "MutualInformation",
+    "PanelDesign",
+    "PanelGranger",
+    "PanelTest",
     "Pivoted",
     "Regression",
     "Screening",
     "chi2_log_sf",
+    "distinct_rows",
     "f_log_sf",
     "forward_selection",
     "kruskal_wallis",
