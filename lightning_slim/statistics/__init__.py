@@ -2,6 +2,7 @@
 
 from lightning_slim.statistics.anova import Anova
 from lightning_slim.statistics.chi_square import ChiSquare
+from lightning_slim.statistics.clustered import ClusteredPanel
 from lightning_slim.statistics.contingency import Contingency, quantile_edges
 from lightning_slim.statistics.correlation import Correlation, MultilabelAnova
 from lightning_slim.statistics.distributions import chi2_log_sf, f_log_sf
@@ -20,6 +21,7 @@ __all__ = [
     "Accumulator",
     "Anova",
     "ChiSquare",
+    "ClusteredPanel",
     "Contingency",
     "Correlation",
     "ForwardSelection",

@@ -15,6 +15,7 @@ from torch import Tensor
 import lightning_slim.statistics as package
 from lightning_slim.statistics.anova import Anova
 from lightning_slim.statistics.chi_square import ChiSquare
+from lightning_slim.statistics.clustered import ClusteredPanel
 from lightning_slim.statistics.correlation import Correlation, MultilabelAnova
 from lightning_slim.statistics.information import MutualInformation
 from lightning_slim.statistics.kruskal import KruskalWallis
@@ -61,6 +62,7 @@ CASES = {
     MultilabelAnova: Case(lambda units: MultilabelAnova(3, len(units)), lambda: (values(), torch.rand(ROWS, 3) > 0.5)),
     MutualInformation: Case(lambda units: MutualInformation(EDGES[units], CLASSES), lambda: (values(), labels())),
     PanelGranger: Case(lambda units: PanelGranger(len(units), 2, lags=2), sequences, whole=False),
+    ClusteredPanel: Case(lambda units: ClusteredPanel(len(units), 2), sequences, whole=False),
     KruskalWallis: Case(lambda units: KruskalWallis(EDGES[units], CLASSES), lambda: (values(), labels())),
 }
 ALL = torch.arange(UNITS)
