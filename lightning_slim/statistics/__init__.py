@@ -6,6 +6,7 @@ from lightning_slim.statistics.clustered import ClusteredPanel
 from lightning_slim.statistics.contingency import Contingency, quantile_edges
 from lightning_slim.statistics.correlation import Correlation, MultilabelAnova
 from lightning_slim.statistics.distributions import chi2_log_sf, f_log_sf
+from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin, DumitrescuHurlinTest
 from lightning_slim.statistics.granger import ForwardSelection, Regression, forward_selection
 from lightning_slim.statistics.information import MutualInformation, mutual_information
 from lightning_slim.statistics.kruskal import KruskalWallis, kruskal_wallis
@@ -24,6 +25,8 @@ __all__ = [
     "ClusteredPanel",
     "Contingency",
     "Correlation",
+    "DumitrescuHurlin",
+    "DumitrescuHurlinTest",
     "ForwardSelection",
     "Image",
     "KruskalWallis",

@@ -17,6 +17,7 @@ from lightning_slim.statistics.anova import Anova
 from lightning_slim.statistics.chi_square import ChiSquare
 from lightning_slim.statistics.clustered import ClusteredPanel
 from lightning_slim.statistics.correlation import Correlation, MultilabelAnova
+from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin
 from lightning_slim.statistics.information import MutualInformation
 from lightning_slim.statistics.kruskal import KruskalWallis
 from lightning_slim.statistics.panel import PanelGranger
@@ -63,6 +64,7 @@ CASES = {
     MutualInformation: Case(lambda units: MutualInformation(EDGES[units], CLASSES), lambda: (values(), labels())),
     PanelGranger: Case(lambda units: PanelGranger(len(units), 2, lags=2), sequences, whole=False),
     ClusteredPanel: Case(lambda units: ClusteredPanel(len(units), 2), sequences, whole=False),
+    DumitrescuHurlin: Case(lambda units: DumitrescuHurlin(len(units), 2), sequences, whole=False),
     KruskalWallis: Case(lambda units: KruskalWallis(EDGES[units], CLASSES), lambda: (values(), labels())),
 }
 ALL = torch.arange(UNITS)
