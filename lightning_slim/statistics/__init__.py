@@ -16,11 +16,13 @@ from lightning_slim.statistics.panel import PanelGranger, PanelTest
 from lightning_slim.statistics.panel_rows import PanelDesign, distinct_rows
 from lightning_slim.statistics.screening import Screening
 from lightning_slim.statistics.series import with_lags
+from lightning_slim.statistics.spectral import BivariateVAR, SpectralCausality, fit_var, spectral_causality
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
 
 __all__ = [
     "Accumulator",
     "Anova",
+    "BivariateVAR",
     "ChiSquare",
     "ClusteredPanel",
     "Contingency",
@@ -39,14 +41,17 @@ __all__ = [
     "Pivoted",
     "Regression",
     "Screening",
+    "SpectralCausality",
     "chi2_log_sf",
     "distinct_rows",
     "f_log_sf",
+    "fit_var",
     "forward_selection",
     "kruskal_wallis",
     "least_squares_image",
     "merged",
     "mutual_information",
     "quantile_edges",
+    "spectral_causality",
     "with_lags",
 ]
