@@ -13,7 +13,7 @@ from lightning_slim.statistics.nested import COLLINEAR
 from lightning_slim.statistics.panel import PanelGranger, PanelTest
 from lightning_slim.statistics.panel_rows import Center, Rows
 
-BLOCK = 1 << 23  # float64 numbers of products of moments that are held at once
+BLOCK = 1 << 20  # float64 numbers of products of moments that are held at once
 
 
 class ClusteredPanel(PanelGranger):
@@ -83,8 +83,8 @@ class ClusteredPanel(PanelGranger):
         order = [*range(1, self.design.own_lags + 1), 0]
         rows_of = rows.targets[..., order]  # items rows targets columns
         own, lags = self.design.own_lags, self.design.lags
-        first, second = torch.triu_indices(own + lags + 1, own + lags + 1)
-        outer, inner = torch.tensor([*range(own), own + lags]), slice(own, own + lags)
+        first, second = torch.triu_indices(own + lags + 1, own + lags + 1, device=self.device)
+        outer, inner = torch.tensor([*range(own), own + lags], device=self.device), slice(own, own + lags)
         block = max(1, BLOCK // max(1, len(rows.units) * len(first)))
         for target in range(rows_of.shape[2]):
             answers = rows_of[:, :, target]
@@ -112,7 +112,7 @@ class ClusteredPanel(PanelGranger):
         inverse = torch.linalg.pinv(gram[:, :-1, :-1], hermitian=True, rtol=COLLINEAR)
         theta = (inverse @ gram[:, :-1, -1:])[..., 0]
         residual = torch.cat([-theta, torch.ones_like(theta[:, :1])], 1)  # of all columns
-        first, second = torch.triu_indices(own + lags + 1, own + lags + 1)
+        first, second = torch.triu_indices(own + lags + 1, own + lags + 1, device=self.device)
         eye = torch.eye(own + lags + 1, dtype=gram.dtype, device=gram.device)
         # score = moments @ residual, as a linear map of the packed upper triangle
         score = (

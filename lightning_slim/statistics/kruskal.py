@@ -10,7 +10,7 @@ from lightning_slim.statistics.contingency import Contingency
 from lightning_slim.statistics.labels import check_labels
 from lightning_slim.statistics.screening import Screening, chi2_screening
 
-BLOCK = 1 << 21  # values that are ranked at once
+BLOCK = 1 << 19  # values that are ranked at once
 
 
 class KruskalWallis(Contingency):
@@ -44,7 +44,7 @@ def kruskal_wallis(values: Float[Tensor, "rows units"], labels: Int[Tensor, "row
     hypothesis: the unit is distributed alike in all classes; then `H` is nearly chi-squared. Source: Kruskal and Wallis
     (1952); equal to `scipy.stats.kruskal`.
 
-    Memory: some 100 MB beside the values, whatever their number, unless there are more than two million rows.
+    Memory: some 100 MB beside the values, whatever their number, unless there are more than half a million rows.
 
     Args:
         values: all values; a unit with one that is not finite cannot be tested.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_slim.statistics.distributions import f_log_sf
 from lightning_slim.statistics.nested import Nested, nested
-from lightning_slim.statistics.panel_rows import Center, PanelDesign, Rows, pairings, present
+from lightning_slim.statistics.panel_rows import Center, PanelDesign, Rows, pairings, present, raw_squares
 from lightning_slim.statistics.streaming import Accumulator
 
 ROUNDING = 1e-26  # of a column's raw squares: a standard deviation of 1e-13 of the mean is none
@@ -53,9 +53,9 @@ class PanelGranger(Accumulator):
     is above 1. Batches must hold unrelated items for that; where windows of one series overlap, pass their number to
     `result`, too. Source: Granger (1969), Geweke (1982).
 
-    Memory: `8 * units * (1 + nulls) * lags * (lags + targets * (own_lags + 1))` bytes, while a batch is added some
-    200 MB for any number of units, and while `result` is made
-    `40 * units * (lags + own_lags + 1) ** 2` bytes, a target at a time.
+    Memory: `8 * units * (1 + nulls) * lags * (lags + targets * (own_lags + 1))` bytes; while a batch is added, a
+    float64 copy of it and some 50 MB; while `result` is made, `40 * units * (lags + own_lags + 1) ** 2` bytes, for a
+    target at a time.
 
     Args:
         units: number of units.
@@ -136,8 +136,9 @@ class PanelGranger(Accumulator):
         for world, paired, both, fresh in pairings(targets, real, anew, len(self.rows)):
             for rows in self.design.rows(units, paired, both, fresh):
                 self._add(world, rows)
-        self.unit_size += torch.where(real[..., None], units, 0.0).square().sum((0, 1))
-        self.target_size += torch.where(real[..., None], targets, 0.0).square().sum((0, 1))
+                if world == 0:
+                    self.unit_size[rows.at] += raw_squares(units[..., rows.at], real)
+        self.target_size += raw_squares(targets, real)
 
     def result(self, distinct: int | float | None = None) -> PanelTest:
         """The test of every pair.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Center = Literal["step", "batch", "item"]
 
-BLOCK = 1 << 23  # float64 numbers of lagged units that are held at once
+BLOCK = 1 << 20  # float64 numbers of lagged units that are held at once
 
 
 class Rows(NamedTuple):
@@ -145,6 +145,13 @@ def pairings(
     for world in range(worlds):
         if world == 0 or world % max(1, len(targets)):
             yield world, targets.roll(world, 0), real & real.roll(world, 0), anew | anew.roll(world, 0)
+
+
+def raw_squares(
+    series: Float[Tensor, "items steps columns"], real: Bool[Tensor, "items steps"]
+) -> Float[Tensor, "columns"]:
+    """Squares of all columns, not centred, over the steps that exist: what their rounding errors are relative to."""
+    return torch.where(real[..., None], series, 0.0).square().sum((0, 1))
 
 
 def whole_past(
