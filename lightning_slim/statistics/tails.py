@@ -1,7 +1,7 @@
 """Upper tails of the F and the chi-square distribution, as logarithms that never underflow.
 
-With whole degrees of freedom both tails are finite sums of positive terms, so nothing cancels and every device that has
-float64 can compute them; torch has no incomplete beta function.
+For whole degrees of freedom, and few of them, as tests of lags have: both tails are finite sums of positive terms then,
+several times faster than the quadrature of `distributions`, which serves any.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_slim.statistics import chi2_log_sf, f_log_sf
+from lightning_slim.statistics.tails import chi2_log_sf, f_log_sf
 
 STATISTICS = torch.tensor([1e-8, 1e-3, 0.1, 0.7, 1, 2, 3, 10, 30, 100], dtype=torch.float64)
 
