@@ -110,7 +110,7 @@ def test_a_submodule_is_skipped_by_its_name() -> None:
     assert set(prepared(network, torch.randn(2, 4), skip=["body"]).widths) == {"head.0"}
 
 
-@pytest.mark.parametrize("score", [Granger(), Magnitude(), Taylor(), Random()])
+@pytest.mark.parametrize("score", [kind() for kind in Score.__subclasses__()], ids=lambda score: type(score).__name__)
 @pytest.mark.parametrize("compensate", ["none", "least_squares"])
 def test_every_score_prunes_with_and_without_compensation(score: Score, compensate: str) -> None:
     network, (x, y) = Mixed(), images(0)

@@ -1,9 +1,22 @@
 """Importance scores: one file each, evidence in, importance out (high stays)."""
 
+from lightning_slim.scores.activation_mean import ActivationMean
+from lightning_slim.scores.activation_std import ActivationStd
 from lightning_slim.scores.base import Evidence, Reading, Score, UnitScores
 from lightning_slim.scores.granger import Granger
 from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.random import Random
 from lightning_slim.scores.taylor import Taylor
 
-__all__ = ["Evidence", "Granger", "Magnitude", "Random", "Reading", "Score", "Taylor", "UnitScores"]
+__all__ = [
+    "ActivationMean",
+    "ActivationStd",
+    "Evidence",
+    "Granger",
+    "Magnitude",
+    "Random",
+    "Reading",
+    "Score",
+    "Taylor",
+    "UnitScores",
+]

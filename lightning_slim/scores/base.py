@@ -29,6 +29,19 @@ class Reading(NamedTuple):
     weight: Float[Tensor, "columns targets"]
     channels: int = 1
 
+    @property
+    def mean(self) -> Float[Tensor, "units channels"]:
+        """Of each unit as it is now, without its past."""
+        return self._present(self.moments.mean)
+
+    @property
+    def variance(self) -> Float[Tensor, "units channels"]:
+        """Of each unit as it is now, without its past."""
+        return self._present(self.moments.variance)
+
+    def _present(self, of_columns: Float[Tensor, "all"]) -> Float[Tensor, "units channels"]:
+        return of_columns.view(len(self.weight), -1)[:, 0].view(-1, self.channels)
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -46,6 +59,16 @@ class Evidence:
     readings: tuple[Reading, ...] = ()
     saliency: Float[Tensor, "units"] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def heard(self) -> tuple[Reading, ...]:
+        """The readings, of which there must be one."""
+        if not self.readings:
+            raise ValueError(
+                "Expected a record of the units at the layers that read them, got none: run the network within "
+                "`recording()` before units are scored."
+            )
+        return self.readings
 
 
 class UnitScores(NamedTuple):

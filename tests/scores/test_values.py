@@ -1,0 +1,53 @@
+"""Scores of evidence that is small enough to work by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_slim.scores import ActivationMean, ActivationStd, Evidence, Reading
+from lightning_slim.statistics import Moments
+
+# Two units, two rows: means 2 and -3, standard deviations 1 and 3.
+ROWS = torch.tensor([[1.0, 0.0], [3.0, -6.0]])
+
+
+def reading(rows: Tensor, weight: Tensor, channels: int = 1) -> Reading:
+    moments = Moments(rows.shape[1])
+    moments.update(rows)
+    return Reading(moments, weight, channels)
+
+
+def of(*readings: Reading) -> Evidence:
+    return Evidence(torch.ones(2, 1), readings)
+
+
+def test_activation_mean_is_the_absolute_mean_of_what_arrives() -> None:
+    once = reading(ROWS, torch.ones(2, 4))
+    assert ActivationMean()(of(once)).importance.tolist() == [2.0, 3.0]
+    again = reading(-3 * ROWS, torch.ones(2, 1))
+    assert ActivationMean()(of(once, again)).importance.tolist() == [4.0, 6.0]
+
+
+def test_activation_std_is_the_spread_of_what_arrives() -> None:
+    once = reading(ROWS, torch.ones(2, 4))
+    assert ActivationStd()(of(once)).importance.tolist() == [1.0, 3.0]
+    again = reading(-3 * ROWS + 7, torch.ones(2, 1))
+    assert ActivationStd()(of(once, again)).importance.tolist() == [2.0, 6.0]
+
+
+def test_channels_of_a_head_count_together() -> None:
+    """Head 0 has the channels of ROWS, head 1 twice these."""
+    heads = reading(torch.cat([ROWS, 2 * ROWS], 1), torch.ones(4, 1), channels=2)
+    assert ActivationMean()(of(heads)).importance.tolist() == [2.5, 5.0]
+    expected = torch.tensor([5.0, 20.0], dtype=torch.float64).sqrt()  # of (1 + 9) / 2, four times that
+    torch.testing.assert_close(ActivationStd()(of(heads)).importance, expected)
+
+
+@pytest.mark.parametrize("score", [ActivationMean(), ActivationStd()], ids=lambda score: type(score).__name__)
+def test_the_past_of_a_unit_does_not_count(score) -> None:
+    with_past = torch.stack([ROWS, 100 * torch.ones(2, 2) + ROWS], -1).flatten(1)
+    weight = torch.ones(2, 4)
+    expected = score(of(reading(ROWS, weight))).importance
+    torch.testing.assert_close(score(of(reading(with_past, weight))).importance, expected)
