@@ -7,7 +7,16 @@ from lightning_slim.history import History, PruningEvent
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
-from lightning_slim.scores import ActivationMean, ActivationStd, Granger, Magnitude, Random, Score, Taylor
+from lightning_slim.scores import (
+    ActivationMean,
+    ActivationStd,
+    Granger,
+    Magnitude,
+    MagnitudeTimesStd,
+    Random,
+    Score,
+    Taylor,
+)
 from lightning_slim.surgery import find_groups, migrate, remove_units
 from lightning_slim.units import Plan, UnitGroup
 
@@ -24,6 +33,7 @@ __all__ = [
     "Linear",
     "MACs",
     "Magnitude",
+    "MagnitudeTimesStd",
     "NoEffectWarning",
     "OneCycle",
     "OneShot",

@@ -5,6 +5,7 @@ from lightning_slim.scores.activation_std import ActivationStd
 from lightning_slim.scores.base import Evidence, Reading, Score, UnitScores
 from lightning_slim.scores.granger import Granger
 from lightning_slim.scores.magnitude import Magnitude
+from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
 from lightning_slim.scores.random import Random
 from lightning_slim.scores.taylor import Taylor
 
@@ -14,6 +15,7 @@ __all__ = [
     "Evidence",
     "Granger",
     "Magnitude",
+    "MagnitudeTimesStd",
     "Random",
     "Reading",
     "Score",

@@ -39,6 +39,11 @@ class Reading(NamedTuple):
         """Of each unit as it is now, without its past."""
         return self._present(self.moments.variance)
 
+    def of_weight(self, p: float) -> Float[Tensor, "units channels"]:
+        """The p-norm of the weights that read each unit, over all targets; in the precision of the moments."""
+        size: Tensor = self.weight.detach().to(self.moments.total).norm(p=p, dim=1)
+        return size.view(-1, self.channels)
+
     def _present(self, of_columns: Float[Tensor, "all"]) -> Float[Tensor, "units channels"]:
         return of_columns.view(len(self.weight), -1)[:, 0].view(-1, self.channels)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_slim.scores import ActivationMean, ActivationStd, Evidence, Reading
+from lightning_slim.scores import ActivationMean, ActivationStd, Evidence, MagnitudeTimesStd, Reading
 from lightning_slim.statistics import Moments
 
 # Two units, two rows: means 2 and -3, standard deviations 1 and 3.
@@ -45,9 +45,27 @@ def test_channels_of_a_head_count_together() -> None:
     torch.testing.assert_close(ActivationStd()(of(heads)).importance, expected)
 
 
-@pytest.mark.parametrize("score", [ActivationMean(), ActivationStd()], ids=lambda score: type(score).__name__)
+@pytest.mark.parametrize(
+    "score", [ActivationMean(), ActivationStd(), MagnitudeTimesStd()], ids=lambda score: type(score).__name__
+)
 def test_the_past_of_a_unit_does_not_count(score) -> None:
     with_past = torch.stack([ROWS, 100 * torch.ones(2, 2) + ROWS], -1).flatten(1)
     weight = torch.ones(2, 4)
     expected = score(of(reading(ROWS, weight))).importance
     torch.testing.assert_close(score(of(reading(with_past, weight))).importance, expected)
+
+
+def test_magnitude_times_std_is_the_spread_of_a_units_share_in_what_its_readers_compute() -> None:
+    rows = torch.randn(50, 6)  # three heads of two channels, read by two layers
+    first, second = torch.randn(6, 5), torch.randn(6, 2)
+    given = Evidence(torch.ones(3, 1), (reading(rows, first, 2), reading(rows, second, 2)))
+    alone = rows[:, :, None] * torch.cat([first, second], 1)  # row, column, target
+    expected = alone.var(0, correction=0).sum(1).view(3, 2).sum(1).sqrt().double()
+    torch.testing.assert_close(MagnitudeTimesStd()(given).importance, expected, rtol=1e-5, atol=0)
+
+
+def test_magnitude_times_std_by_hand() -> None:
+    weight = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
+    assert MagnitudeTimesStd()(of(reading(ROWS, weight))).importance.tolist() == [5.0, 3.0]
+    twice = of(reading(ROWS, weight), reading(ROWS, weight))
+    torch.testing.assert_close(MagnitudeTimesStd()(twice).importance, torch.tensor([5.0, 3.0]).double() * 2**0.5)
