@@ -16,6 +16,7 @@ from lightning_slim.scores import (
     Random,
     Score,
     Taylor,
+    Wanda,
 )
 from lightning_slim.surgery import find_groups, migrate, remove_units
 from lightning_slim.units import Plan, UnitGroup
@@ -48,6 +49,7 @@ __all__ = [
     "Taylor",
     "UnitGroup",
     "Units",
+    "Wanda",
     "find_groups",
     "load_from_checkpoint",
     "migrate",

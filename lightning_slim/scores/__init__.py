@@ -8,6 +8,7 @@ from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
 from lightning_slim.scores.random import Random
 from lightning_slim.scores.taylor import Taylor
+from lightning_slim.scores.wanda import Wanda
 
 __all__ = [
     "ActivationMean",
@@ -21,4 +22,5 @@ __all__ = [
     "Score",
     "Taylor",
     "UnitScores",
+    "Wanda",
 ]

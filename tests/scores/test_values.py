@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_slim.scores import ActivationMean, ActivationStd, Evidence, MagnitudeTimesStd, Reading
+from lightning_slim.scores import ActivationMean, ActivationStd, Evidence, MagnitudeTimesStd, Reading, Wanda
 from lightning_slim.statistics import Moments
 
 # Two units, two rows: means 2 and -3, standard deviations 1 and 3.
@@ -46,7 +46,7 @@ def test_channels_of_a_head_count_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "score", [ActivationMean(), ActivationStd(), MagnitudeTimesStd()], ids=lambda score: type(score).__name__
+    "score", [ActivationMean(), ActivationStd(), MagnitudeTimesStd(), Wanda()], ids=lambda score: type(score).__name__
 )
 def test_the_past_of_a_unit_does_not_count(score) -> None:
     with_past = torch.stack([ROWS, 100 * torch.ones(2, 2) + ROWS], -1).flatten(1)
@@ -69,3 +69,21 @@ def test_magnitude_times_std_by_hand() -> None:
     assert MagnitudeTimesStd()(of(reading(ROWS, weight))).importance.tolist() == [5.0, 3.0]
     twice = of(reading(ROWS, weight), reading(ROWS, weight))
     torch.testing.assert_close(MagnitudeTimesStd()(twice).importance, torch.tensor([5.0, 3.0]).double() * 2**0.5)
+
+
+def test_wanda_sums_weights_times_the_size_of_what_they_read() -> None:
+    rows = torch.tensor([[1.0, 0.0], [7.0, 2.0]])  # root mean squares 5 and sqrt 2
+    weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+    expected = torch.tensor([15.0, 3 * 2**0.5], dtype=torch.float64)
+    torch.testing.assert_close(Wanda()(of(reading(rows, weight))).importance, expected)
+    torch.testing.assert_close(Wanda()(of(*[reading(rows, weight)] * 2)).importance, 2 * expected)
+
+
+def test_wanda_of_heads_equals_a_loop_over_single_weights() -> None:
+    rows, weight = torch.randn(50, 6) + 1, torch.randn(6, 5)
+    expected = [
+        sum(weight[j, i].abs() * rows[:, j].square().mean().sqrt() for j in (2 * unit, 2 * unit + 1) for i in range(5))
+        for unit in range(3)
+    ]
+    given = Evidence(torch.ones(3, 1), (reading(rows, weight, 2),))
+    torch.testing.assert_close(Wanda()(given).importance, torch.stack(expected).double(), rtol=1e-5, atol=0)
