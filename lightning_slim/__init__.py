@@ -10,6 +10,7 @@ from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
 from lightning_slim.scores import (
     ActivationMean,
     ActivationStd,
+    GeometricMedian,
     Granger,
     Magnitude,
     MagnitudeTimesStd,
@@ -28,6 +29,7 @@ __all__ = [
     "ActivationStd",
     "Budget",
     "Cubic",
+    "GeometricMedian",
     "Granger",
     "GrangerPrune",
     "History",

@@ -193,6 +193,8 @@ class Pruner:
             return "it is skipped"
         if "saliency" in self.score.needs and not any(p.requires_grad for p in module.parameters()):
             return "it is frozen, so no gradient says how important it is"
+        if "made" in self.score.needs:
+            return f"its weights do not correspond to those of other blocks, so {type(self.score).__name__} cannot tell"
         return ""
 
     def meet(self, networks: Mapping[str, Any]) -> None:
@@ -348,6 +350,7 @@ class Pruner:
             weights=rows(self.model, group, role=None).detach(),
             readings=readings,
             saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
+            made=rows(self.model, group).detach() if "made" in self.score.needs and not group.blocks else None,
             generator=generator,
         )
 
@@ -402,11 +405,11 @@ class Pruner:
             self.left_whole[group.name] = "it is skipped"
             return False
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        if "saliency" in self.score.needs and not any(
-            parameters[span.tensor].requires_grad
-            for span in group.spans
-            if span.role == "out" and span.tensor in parameters
-        ):
+        made = [parameters[s.tensor] for s in group.spans if s.role == "out" and s.tensor in parameters]
+        if "made" in self.score.needs and not made:
+            self.left_whole[group.name] = "no weights make it"
+            return False
+        if "saliency" in self.score.needs and not any(parameter.requires_grad for parameter in made):
             self.left_whole[group.name] = "it is frozen, so no gradient says how important it is"
             return False
         if "moments" in self.score.needs and not group.readers:

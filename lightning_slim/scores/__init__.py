@@ -3,6 +3,7 @@
 from lightning_slim.scores.activation_mean import ActivationMean
 from lightning_slim.scores.activation_std import ActivationStd
 from lightning_slim.scores.base import Evidence, Reading, Score, UnitScores
+from lightning_slim.scores.geometric_median import GeometricMedian
 from lightning_slim.scores.granger import Granger
 from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
@@ -14,6 +15,7 @@ __all__ = [
     "ActivationMean",
     "ActivationStd",
     "Evidence",
+    "GeometricMedian",
     "Granger",
     "Magnitude",
     "MagnitudeTimesStd",

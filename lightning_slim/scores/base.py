@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_slim.statistics import Moments
 
-Need = Literal["moments", "saliency"]
+Need = Literal["moments", "saliency", "made"]
 
 
 class Reading(NamedTuple):
@@ -57,12 +57,15 @@ class Evidence:
         readings: how the units arrive at the layers that read them; empty unless a score needs `"moments"`.
         saliency: mean over recorded steps of `(sum of weight * gradient over the unit's entries) ** 2`; None unless a
             score needs `"saliency"`.
+        made: those of `weights` that make or carry the units, and not those that read them; None for whole blocks, and
+            unless a score needs `"made"`.
         generator: for scores that draw, seeded by the run's seed, the event and the group.
     """
 
     weights: Float[Tensor, "units fan"]
     readings: tuple[Reading, ...] = ()
     saliency: Float[Tensor, "units"] | None = None
+    made: Float[Tensor, "units making"] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     @property
@@ -87,7 +90,7 @@ class Score(ABC):
     """Evidence of one group -> importance of its units. A child is a frozen dataclass in a file of its own.
 
     Attributes:
-        needs: which parts of the evidence must be recorded.
+        needs: which parts of the evidence must be there.
         lags: how many past steps of each unit `readings` must hold.
     """
 

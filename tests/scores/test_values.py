@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_slim.scores import ActivationMean, ActivationStd, Evidence, MagnitudeTimesStd, Reading, Wanda
+from lightning_slim.scores import (
+    ActivationMean,
+    ActivationStd,
+    Evidence,
+    GeometricMedian,
+    MagnitudeTimesStd,
+    Reading,
+    Wanda,
+)
 from lightning_slim.statistics import Moments
 
 # Two units, two rows: means 2 and -3, standard deviations 1 and 3.
@@ -87,3 +95,14 @@ def test_wanda_of_heads_equals_a_loop_over_single_weights() -> None:
     ]
     given = Evidence(torch.ones(3, 1), (reading(rows, weight, 2),))
     torch.testing.assert_close(Wanda()(given).importance, torch.stack(expected).double(), rtol=1e-5, atol=0)
+
+
+def test_geometric_median_is_the_distance_to_all_others() -> None:
+    made = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3.0, 0.0], [6.0, 4.0]])
+    given = Evidence(torch.ones(4, 1), made=made)
+    importance = GeometricMedian()(given).importance
+    torch.testing.assert_close(importance, torch.tensor([12.0, 0.0, 12.0, 8.0 + 52**0.5]).double())  # 5 + 4 + 3, ...
+    made = torch.randn(40, 60) + 5
+    expected = [sum((a - b).norm() for b in made) for a in made]
+    importance = GeometricMedian()(Evidence(torch.ones(40, 1), made=made)).importance
+    torch.testing.assert_close(importance, torch.stack(expected).double(), rtol=1e-5, atol=0)

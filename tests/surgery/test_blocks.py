@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_slim import Granger, Magnitude, OneShot, Pruner, Random, Taylor, Units, migrate, remove_units
+from lightning_slim import (
+    GeometricMedian,
+    Granger,
+    Magnitude,
+    OneShot,
+    Pruner,
+    Random,
+    Taylor,
+    Units,
+    migrate,
+    remove_units,
+)
 from lightning_slim.profile import count_macs
 from lightning_slim.surgery import Example, dropped, find_blocks, forget_blocks, grow_back, resize_to, restore
 from lightning_slim.surgery.blocks import Dropped
@@ -261,6 +272,18 @@ def test_blocks_that_cannot_go_are_named() -> None:
     assert pruner.widths == {"0.layers": 1}
     assert "fails without it" in pruner.left_whole["0.layers.0"]
     assert pruner.left_whole["0.layers.2"] == "it is skipped"
+
+
+def test_a_score_that_compares_weights_leaves_blocks_whole() -> None:
+    network = Stack(Block(), Block(), Block())
+    with pytest.raises(ValueError, match=r"Nothing can be removed.*blocks.0: its weights do not correspond"):
+        Pruner(network, GeometricMedian(), Units(0.5), granularity="layers").prepare(X)
+    pruner = Pruner(network, GeometricMedian(), Units(0.5), OneShot(0.5), granularity="both", compensate="none")
+    pruner.prepare(X)
+    assert not any(group.blocks for group in pruner.groups)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.params == sum(p.numel() for p in network.parameters())
 
 
 def test_without_blocks_the_error_says_so() -> None:
