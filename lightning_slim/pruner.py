@@ -330,7 +330,7 @@ class Pruner:
         return scores
 
     def _plan(self, progress: float, importance: Mapping[str, Tensor]) -> Plan:
-        across = {name: comparable(values) for name, values in importance.items()}
+        across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
         widths = self.selection.fit(self.asked(progress), self.budget, self.costs, self.widths, across)
         return plan_for(widths, importance)
 

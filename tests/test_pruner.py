@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_slim import (
     Granger,
+    Lamp,
     Linear,
     MACs,
     Magnitude,
@@ -128,6 +129,25 @@ def test_every_score_prunes_with_and_without_compensation(score: Score, compensa
     F.cross_entropy(network(x), y).backward()
     optimizer.step()
     assert network(x).isfinite().all()
+
+
+def test_absolute_scores_compare_across_layers_as_they_are() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 2))
+    with torch.no_grad():
+        network[2].weight[:, :3] *= 4  # three units of the first group are much larger than the others
+    pruner = prepared(network, torch.randn(2, 4), Lamp(), selection=Selection("global"))
+    event = pruner.step(0.5)
+    assert event is not None
+
+    def widths(importance: dict[str, torch.Tensor]) -> dict[str, int]:
+        """Of the more important half."""
+        least = torch.cat(list(importance.values())).sort(descending=True).values[11]
+        return {name: int((values >= least).sum()) for name, values in importance.items()}
+
+    importance = {name: torch.tensor(values, dtype=torch.float64) for name, values in event.importance.items()}
+    relative = {name: values / values.mean() for name, values in importance.items()}
+    assert event.widths == widths(importance) != widths(relative)
 
 
 def digits_after(score: Score, compensate: str) -> tuple[float, float]:

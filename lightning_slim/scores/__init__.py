@@ -5,6 +5,7 @@ from lightning_slim.scores.activation_std import ActivationStd
 from lightning_slim.scores.base import Evidence, Reading, Score, UnitScores
 from lightning_slim.scores.geometric_median import GeometricMedian
 from lightning_slim.scores.granger import Granger
+from lightning_slim.scores.lamp import Lamp
 from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
 from lightning_slim.scores.random import Random
@@ -17,6 +18,7 @@ __all__ = [
     "Evidence",
     "GeometricMedian",
     "Granger",
+    "Lamp",
     "Magnitude",
     "MagnitudeTimesStd",
     "Random",

@@ -92,10 +92,13 @@ class Score(ABC):
     Attributes:
         needs: which parts of the evidence must be there.
         lags: how many past steps of each unit `readings` must hold.
+        absolute: whether importances of several groups compare as they are; if not, they are compared relative to the
+            mean of their group.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     lags: int = 0
+    absolute: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> UnitScores:

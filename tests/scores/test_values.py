@@ -11,6 +11,7 @@ from lightning_slim.scores import (
     ActivationStd,
     Evidence,
     GeometricMedian,
+    Lamp,
     MagnitudeTimesStd,
     Reading,
     Wanda,
@@ -106,3 +107,9 @@ def test_geometric_median_is_the_distance_to_all_others() -> None:
     expected = [sum((a - b).norm() for b in made) for a in made]
     importance = GeometricMedian()(Evidence(torch.ones(40, 1), made=made)).importance
     torch.testing.assert_close(importance, torch.stack(expected).double(), rtol=1e-5, atol=0)
+
+
+def test_lamp_is_the_share_among_all_that_are_no_smaller() -> None:
+    weights = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])  # squares 4, 0, 1, 9, 1
+    importance = Lamp()(Evidence(weights)).importance
+    torch.testing.assert_close(importance, torch.tensor([4 / 13, 0.0, 1 / 15, 1.0, 1 / 15], dtype=torch.float64))
