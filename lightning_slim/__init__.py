@@ -10,6 +10,7 @@ from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
 from lightning_slim.scores import (
     ActivationMean,
     ActivationStd,
+    BatchNormScale,
     GeometricMedian,
     Granger,
     Lamp,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationMean",
     "ActivationStd",
+    "BatchNormScale",
     "Budget",
     "Cubic",
     "GeometricMedian",

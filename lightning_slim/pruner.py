@@ -38,6 +38,7 @@ from lightning_slim.surgery import (
     restore,
 )
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
+from lightning_slim.surgery.layers.norm import norm_scales
 from lightning_slim.surgery.verify import compare, pack_up, vet, vet_blocks
 from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 from lightning_slim.weight_norm import weight
@@ -148,6 +149,11 @@ class Pruner:
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons or NOTHING}.")
+        if "scales" in self.score.needs and not any(norm_scales(self.model, group).shape[1] for group in groups):
+            raise ValueError(
+                f"Expected units that pass a normalisation with a scale, got none in {type(self.model).__name__}, so "
+                f"{type(self.score).__name__} has nothing to go by: choose another score, such as `Magnitude()`."
+            )
         costs = Costs.of(self.model, groups, find_work(self.model, calls))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
@@ -351,6 +357,7 @@ class Pruner:
             readings=readings,
             saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
             made=rows(self.model, group).detach() if "made" in self.score.needs and not group.blocks else None,
+            scales=norm_scales(self.model, group) if "scales" in self.score.needs else None,
             generator=generator,
         )
 

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_slim import (
+    BatchNormScale,
     Granger,
     Lamp,
     Linear,
@@ -148,6 +149,30 @@ def test_absolute_scores_compare_across_layers_as_they_are() -> None:
     importance = {name: torch.tensor(values, dtype=torch.float64) for name, values in event.importance.items()}
     relative = {name: values / values.mean() for name, values in importance.items()}
     assert event.widths == widths(importance) != widths(relative)
+
+
+def test_scales_of_norms_count_and_layers_without_go_by_magnitude() -> None:
+    network = Net(
+        lambda s, x: s.c(F.relu(s.b(F.relu(s.norm(s.a(x)))))),
+        a=nn.Linear(4, 8),
+        norm=nn.BatchNorm1d(8),
+        b=nn.Linear(8, 6),
+        c=nn.Linear(6, 2),
+    )
+    with torch.no_grad():
+        network.norm.weight.copy_(torch.tensor([-1.0, 0.1, 0.9, 0.2, 0.0, 0.5, -0.3, 0.6]))
+    by_magnitude = prepared(copy.deepcopy(network), torch.randn(3, 4)).step(0.5)
+    event = prepared(network, torch.randn(3, 4), BatchNormScale()).step(0.5)
+    assert event is not None
+    assert by_magnitude is not None
+    assert event.removed["a"] == [1, 3, 4, 6]
+    assert event.removed["b"] == by_magnitude.removed["b"]
+
+
+def test_a_network_without_norms_is_refused_by_the_scales_of_norms() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"pass a normalisation with a scale, got none in Sequential.*Magnitude"):
+        prepared(network, torch.randn(2, 4), BatchNormScale())
 
 
 def digits_after(score: Score, compensate: str) -> tuple[float, float]:

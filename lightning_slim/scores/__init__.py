@@ -3,6 +3,7 @@
 from lightning_slim.scores.activation_mean import ActivationMean
 from lightning_slim.scores.activation_std import ActivationStd
 from lightning_slim.scores.base import Evidence, Reading, Score, UnitScores
+from lightning_slim.scores.batch_norm_scale import BatchNormScale
 from lightning_slim.scores.geometric_median import GeometricMedian
 from lightning_slim.scores.granger import Granger
 from lightning_slim.scores.lamp import Lamp
@@ -15,6 +16,7 @@ from lightning_slim.scores.wanda import Wanda
 __all__ = [
     "ActivationMean",
     "ActivationStd",
+    "BatchNormScale",
     "Evidence",
     "GeometricMedian",
     "Granger",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_slim.statistics import Moments
 
-Need = Literal["moments", "saliency", "made"]
+Need = Literal["moments", "saliency", "made", "scales"]
 
 
 class Reading(NamedTuple):
@@ -59,6 +59,8 @@ class Evidence:
             score needs `"saliency"`.
         made: those of `weights` that make or carry the units, and not those that read them; None for whole blocks, and
             unless a score needs `"made"`.
+        scales: absolute scale of each unit in every normalisation that the group passes (of several positions: their
+            mean); no columns where it passes none, as whole blocks do; None unless a score needs `"scales"`.
         generator: for scores that draw, seeded by the run's seed, the event and the group.
     """
 
@@ -66,6 +68,7 @@ class Evidence:
     readings: tuple[Reading, ...] = ()
     saliency: Float[Tensor, "units"] | None = None
     made: Float[Tensor, "units making"] | None = None
+    scales: Float[Tensor, "units norms"] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     @property

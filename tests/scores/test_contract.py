@@ -28,8 +28,9 @@ def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Eviden
     weights = torch.randn(UNITS, 5 * width, generator=generator)
     saliency = torch.rand(UNITS, generator=generator)
     made = None if kind == "blocks" else torch.randn(UNITS, 7, generator=generator)
+    scales = torch.rand(UNITS, 0 if kind == "blocks" else 2, generator=generator)
     if dead:
-        x[:, 3], weights[3], saliency[3] = 0, 0, 0
+        x[:, 3], weights[3], saliency[3], scales[3] = 0, 0, 0, 0
         if made is not None:
             made[3] = 0
     if kind == "heads":
@@ -39,7 +40,7 @@ def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Eviden
         lags = 0 if kind == "blocks" else score.lags
         past = torch.stack([x[:, :, 0].roll(lag, 0) for lag in range(lags + 1)], -1).flatten(1)
         readings = (Reading(streamed(past), torch.ones(UNITS, 1) if kind == "blocks" else weights),)
-    return Evidence(weights, readings, saliency, made, generator=torch.Generator().manual_seed(2))
+    return Evidence(weights, readings, saliency, made, scales, generator=torch.Generator().manual_seed(2))
 
 
 def streamed(rows: Tensor) -> Moments:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_slim.scores import (
     ActivationMean,
     ActivationStd,
+    BatchNormScale,
     Evidence,
     GeometricMedian,
     Lamp,
@@ -113,3 +114,10 @@ def test_lamp_is_the_share_among_all_that_are_no_smaller() -> None:
     weights = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])  # squares 4, 0, 1, 9, 1
     importance = Lamp()(Evidence(weights)).importance
     torch.testing.assert_close(importance, torch.tensor([4 / 13, 0.0, 1 / 15, 1.0, 1 / 15], dtype=torch.float64))
+
+
+def test_batch_norm_scale_is_the_mean_over_norms_and_magnitude_where_there_are_none() -> None:
+    weights = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    given = Evidence(weights, scales=torch.tensor([[0.5, 1.5], [2.0, 4.0]]))
+    assert BatchNormScale()(given).importance.tolist() == [1.0, 3.0]
+    assert BatchNormScale()(Evidence(weights, scales=torch.zeros(2, 0))).importance.tolist() == [5.0, 1.0]
