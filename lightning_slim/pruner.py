@@ -197,7 +197,7 @@ class Pruner:
             return f"it is not in {self.module}"
         if any(skips(entry, block, module) for entry in self.skip):
             return "it is skipped"
-        if "saliency" in self.score.needs and not any(p.requires_grad for p in module.parameters()):
+        if self.score.needs_gradients and not any(p.requires_grad for p in module.parameters()):
             return "it is frozen, so no gradient says how important it is"
         if "made" in self.score.needs:
             return f"its weights do not correspond to those of other blocks, so {type(self.score).__name__} cannot tell"
@@ -356,6 +356,7 @@ class Pruner:
             weights=rows(self.model, group, role=None).detach(),
             readings=readings,
             saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
+            information=self.recorder.mean_information(group.name) if "information" in self.score.needs else None,
             made=rows(self.model, group).detach() if "made" in self.score.needs and not group.blocks else None,
             scales=norm_scales(self.model, group) if "scales" in self.score.needs else None,
             generator=generator,
@@ -416,7 +417,7 @@ class Pruner:
         if "made" in self.score.needs and not made:
             self.left_whole[group.name] = "no weights make it"
             return False
-        if "saliency" in self.score.needs and not any(parameter.requires_grad for parameter in made):
+        if self.score.needs_gradients and not any(parameter.requires_grad for parameter in made):
             self.left_whole[group.name] = "it is frozen, so no gradient says how important it is"
             return False
         if "moments" in self.score.needs and not group.readers:
@@ -441,7 +442,12 @@ class Pruner:
     def _new_recorder(self) -> Recorder:
         moments = "moments" in self.score.needs or self.compensate != "none"
         return Recorder(
-            self.model, self.groups, self.score.lags, moments=moments, saliency="saliency" in self.score.needs
+            self.model,
+            self.groups,
+            self.score.lags,
+            moments=moments,
+            saliency="saliency" in self.score.needs,
+            information="information" in self.score.needs,
         )
 
     # --- save ---

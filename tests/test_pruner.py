@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_slim import (
     BatchNormScale,
+    Fisher,
     Granger,
     Lamp,
     Linear,
@@ -251,7 +252,7 @@ def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
             optimizer.step()
             pruner.step(step / 10, [optimizer])
 
-    for score in (Granger(), Taylor(), Random()):
+    for score in (Granger(), Taylor(), Fisher(), Random()):
         torch.manual_seed(0)
         network = Mixed()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_slim.statistics import Moments
 
-Need = Literal["moments", "saliency", "made", "scales"]
+Need = Literal["moments", "saliency", "information", "made", "scales"]
+OF_GRADIENTS: frozenset[Need] = frozenset({"saliency", "information"})
 
 
 class Reading(NamedTuple):
@@ -57,6 +58,8 @@ class Evidence:
         readings: how the units arrive at the layers that read them; empty unless a score needs `"moments"`.
         saliency: mean over recorded steps of `(sum of weight * gradient over the unit's entries) ** 2`; None unless a
             score needs `"saliency"`.
+        information: mean over recorded steps of `sum of (weight * gradient) ** 2` over the unit's entries; None unless
+            a score needs `"information"`.
         made: those of `weights` that make or carry the units, and not those that read them; None for whole blocks, and
             unless a score needs `"made"`.
         scales: absolute scale of each unit in every normalisation that the group passes (of several positions: their
@@ -67,6 +70,7 @@ class Evidence:
     weights: Float[Tensor, "units fan"]
     readings: tuple[Reading, ...] = ()
     saliency: Float[Tensor, "units"] | None = None
+    information: Float[Tensor, "units"] | None = None
     made: Float[Tensor, "units making"] | None = None
     scales: Float[Tensor, "units norms"] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -102,6 +106,11 @@ class Score(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     lags: int = 0
     absolute: ClassVar[bool] = False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether some of the evidence comes from gradients."""
+        return bool(self.needs & OF_GRADIENTS)
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> UnitScores:

@@ -26,11 +26,11 @@ def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Eviden
     x = torch.randn(200, UNITS, width, generator=generator)
     x = torch.einsum("rvc,vu->ruc", x, torch.randn(UNITS, UNITS, generator=generator))
     weights = torch.randn(UNITS, 5 * width, generator=generator)
-    saliency = torch.rand(UNITS, generator=generator)
+    saliency, information = torch.rand(2, UNITS, generator=generator)
     made = None if kind == "blocks" else torch.randn(UNITS, 7, generator=generator)
     scales = torch.rand(UNITS, 0 if kind == "blocks" else 2, generator=generator)
     if dead:
-        x[:, 3], weights[3], saliency[3], scales[3] = 0, 0, 0, 0
+        x[:, 3], weights[3], saliency[3], information[3], scales[3] = 0, 0, 0, 0, 0
         if made is not None:
             made[3] = 0
     if kind == "heads":
@@ -40,7 +40,7 @@ def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Eviden
         lags = 0 if kind == "blocks" else score.lags
         past = torch.stack([x[:, :, 0].roll(lag, 0) for lag in range(lags + 1)], -1).flatten(1)
         readings = (Reading(streamed(past), torch.ones(UNITS, 1) if kind == "blocks" else weights),)
-    return Evidence(weights, readings, saliency, made, scales, generator=torch.Generator().manual_seed(2))
+    return Evidence(weights, readings, saliency, information, made, scales, generator=torch.Generator().manual_seed(2))
 
 
 def streamed(rows: Tensor) -> Moments:

@@ -11,6 +11,7 @@ from lightning_slim.scores import (
     ActivationStd,
     BatchNormScale,
     Evidence,
+    Fisher,
     GeometricMedian,
     Lamp,
     MagnitudeTimesStd,
@@ -121,3 +122,8 @@ def test_batch_norm_scale_is_the_mean_over_norms_and_magnitude_where_there_are_n
     given = Evidence(weights, scales=torch.tensor([[0.5, 1.5], [2.0, 4.0]]))
     assert BatchNormScale()(given).importance.tolist() == [1.0, 3.0]
     assert BatchNormScale()(Evidence(weights, scales=torch.zeros(2, 0))).importance.tolist() == [5.0, 1.0]
+
+
+def test_fisher_is_the_recorded_information() -> None:
+    given = Evidence(torch.ones(2, 1), information=torch.tensor([0.25, 0.5]))
+    assert Fisher()(given).importance.tolist() == [0.25, 0.5]
