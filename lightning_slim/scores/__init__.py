@@ -4,6 +4,7 @@ from lightning_slim.scores.activation_mean import ActivationMean
 from lightning_slim.scores.activation_std import ActivationStd
 from lightning_slim.scores.base import Evidence, Reading, Score, UnitScores
 from lightning_slim.scores.batch_norm_scale import BatchNormScale
+from lightning_slim.scores.combined import Combined
 from lightning_slim.scores.fisher import Fisher
 from lightning_slim.scores.geometric_median import GeometricMedian
 from lightning_slim.scores.granger import Granger
@@ -18,6 +19,7 @@ __all__ = [
     "ActivationMean",
     "ActivationStd",
     "BatchNormScale",
+    "Combined",
     "Evidence",
     "Fisher",
     "GeometricMedian",

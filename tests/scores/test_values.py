@@ -10,12 +10,16 @@ from lightning_slim.scores import (
     ActivationMean,
     ActivationStd,
     BatchNormScale,
+    Combined,
     Evidence,
     Fisher,
     GeometricMedian,
+    Granger,
     Lamp,
+    Magnitude,
     MagnitudeTimesStd,
     Reading,
+    Taylor,
     Wanda,
 )
 from lightning_slim.statistics import Moments
@@ -127,3 +131,37 @@ def test_batch_norm_scale_is_the_mean_over_norms_and_magnitude_where_there_are_n
 def test_fisher_is_the_recorded_information() -> None:
     given = Evidence(torch.ones(2, 1), information=torch.tensor([0.25, 0.5]))
     assert Fisher()(given).importance.tolist() == [0.25, 0.5]
+
+
+def test_combined_is_the_weighted_mean_of_ranks() -> None:
+    given = Evidence(
+        torch.tensor([[3.0], [1.0], [0.0], [1.0], [9.0]]),  # ranks 3, 1, 0, 1, 4 of 4
+        saliency=torch.tensor([0.0, 5.0, 1.0, 2.0, 7.0]),  # ranks 0, 3, 1, 2, 4 of 4
+    )
+    both = Combined((Magnitude(), Taylor()))(given).importance
+    assert both.tolist() == [3 / 8, 4 / 8, 1 / 8, 3 / 8, 1.0]
+    weighed = Combined((Magnitude(), Taylor()), (3.0, 1.0))(given).importance
+    assert weighed.tolist() == [9 / 16, 6 / 16, 1 / 16, 5 / 16, 1.0]
+
+
+def test_combined_asks_for_all_that_its_scores_need() -> None:
+    score = Combined([Magnitude(), Granger(3), Combined((Taylor(), GeometricMedian()))])
+    assert score.needs == {"moments", "saliency", "made"}
+    assert score.lags == 3
+    assert score.needs_gradients
+    assert not Combined((Magnitude(),)).needs
+    assert not Combined((Magnitude(),)).needs_gradients
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((Magnitude(),), (1.0, 2.0)), "for each of 1 scores"),
+        (((Magnitude(),), (-1.0,)), "not negative"),
+        (((Magnitude(),), (0.0,)), "one above 0"),
+        (((Magnitude(),), (float("nan"),)), "got .nan"),
+    ],
+)
+def test_combinations_that_say_nothing_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Combined(*arguments)
