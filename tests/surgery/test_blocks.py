@@ -12,14 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_slim import (
+    ActivationMean,
+    ActivationStd,
+    BatchNormScale,
+    Combined,
+    Fisher,
     GeometricMedian,
     Granger,
+    Lamp,
     Magnitude,
+    MagnitudeTimesStd,
     OneShot,
     Pruner,
     Random,
+    Score,
     Taylor,
     Units,
+    Wanda,
     migrate,
     remove_units,
 )
@@ -243,6 +252,29 @@ def test_costs_foretell_what_is_left(name: str, granularity: str, score: object)
     assert resumed.costs == pruner.costs
     again = pruner.history.events[-1].widths
     assert again == resumed.widths
+
+
+@pytest.mark.parametrize(
+    "score",
+    [ActivationMean(), ActivationStd(), MagnitudeTimesStd(), Wanda(), Lamp(), Fisher(), BatchNormScale(), Combined()],
+    ids=lambda s: type(s).__name__,
+)
+def test_blocks_and_units_are_scored_side_by_side(score: Score) -> None:
+    network = Stack(*(Block() for _ in range(4)))
+    with torch.no_grad():
+        for parameter in network.blocks[2].parameters():
+            parameter.mul_(1e-4)
+    pruner = Pruner(network, score, Units(0.7), OneShot(0.5), granularity="both", compensate="none")
+    pruner.prepare(X)
+    with pruner.recording():
+        network(X).square().mean().backward()
+    pruner.recorder.observe_gradients()
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.removed["blocks"] == [2]
+    assert len(event.removed) > 1
+    assert event.params == sum(p.numel() for p in network.parameters())
+    assert network(X).isfinite().all()
 
 
 def test_a_block_that_adds_nothing_goes_first() -> None:
