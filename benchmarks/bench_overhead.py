@@ -58,7 +58,7 @@ def block(network: nn.Module, x: Tensor, y: Tensor, pruner: Pruner | None) -> Ca
             optimizer.zero_grad()
             with watch:
                 F.cross_entropy(network(x), y).backward()
-            if pruner is not None and step == 0 and "saliency" in pruner.score.needs:
+            if pruner is not None and step == 0 and pruner.score.needs_gradients:
                 pruner.recorder.observe_gradients()
             optimizer.step()
 

@@ -7,21 +7,44 @@ from lightning_slim.history import History, PruningEvent
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
-from lightning_slim.scores import Granger, Magnitude, Random, Score, Taylor
+from lightning_slim.scores import (
+    ActivationMean,
+    ActivationStd,
+    BatchNormScale,
+    Combined,
+    Fisher,
+    GeometricMedian,
+    Granger,
+    Lamp,
+    Magnitude,
+    MagnitudeTimesStd,
+    Random,
+    Score,
+    Taylor,
+    Wanda,
+)
 from lightning_slim.surgery import find_groups, migrate, remove_units
 from lightning_slim.units import Plan, UnitGroup
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationMean",
+    "ActivationStd",
+    "BatchNormScale",
     "Budget",
+    "Combined",
     "Cubic",
+    "Fisher",
+    "GeometricMedian",
     "Granger",
     "GrangerPrune",
     "History",
+    "Lamp",
     "Linear",
     "MACs",
     "Magnitude",
+    "MagnitudeTimesStd",
     "NoEffectWarning",
     "OneCycle",
     "OneShot",
@@ -36,6 +59,7 @@ __all__ = [
     "Taylor",
     "UnitGroup",
     "Units",
+    "Wanda",
     "find_groups",
     "load_from_checkpoint",
     "migrate",

@@ -38,6 +38,7 @@ from lightning_slim.surgery import (
     restore,
 )
 from lightning_slim.surgery.groups import as_example, survey_networks, workable
+from lightning_slim.surgery.layers.norm import norm_scales
 from lightning_slim.surgery.verify import compare, pack_up, vet, vet_blocks
 from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 from lightning_slim.weight_norm import weight
@@ -148,6 +149,11 @@ class Pruner:
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons or NOTHING}.")
+        if "scales" in self.score.needs and not any(norm_scales(self.model, group).shape[1] for group in groups):
+            raise ValueError(
+                f"Expected units that pass a normalisation with a scale, got none in {type(self.model).__name__}, so "
+                f"{type(self.score).__name__} has nothing to go by: choose another score, such as `Magnitude()`."
+            )
         costs = Costs.of(self.model, groups, find_work(self.model, calls))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
@@ -191,8 +197,10 @@ class Pruner:
             return f"it is not in {self.module}"
         if any(skips(entry, block, module) for entry in self.skip):
             return "it is skipped"
-        if "saliency" in self.score.needs and not any(p.requires_grad for p in module.parameters()):
+        if self.score.needs_gradients and not any(p.requires_grad for p in module.parameters()):
             return "it is frozen, so no gradient says how important it is"
+        if "made" in self.score.needs:
+            return f"its weights do not correspond to those of other blocks, so {type(self.score).__name__} cannot tell"
         return ""
 
     def meet(self, networks: Mapping[str, Any]) -> None:
@@ -328,7 +336,7 @@ class Pruner:
         return scores
 
     def _plan(self, progress: float, importance: Mapping[str, Tensor]) -> Plan:
-        across = {name: comparable(values) for name, values in importance.items()}
+        across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
         widths = self.selection.fit(self.asked(progress), self.budget, self.costs, self.widths, across)
         return plan_for(widths, importance)
 
@@ -348,6 +356,9 @@ class Pruner:
             weights=rows(self.model, group, role=None).detach(),
             readings=readings,
             saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
+            information=self.recorder.mean_information(group.name) if "information" in self.score.needs else None,
+            made=rows(self.model, group).detach() if "made" in self.score.needs and not group.blocks else None,
+            scales=norm_scales(self.model, group) if "scales" in self.score.needs else None,
             generator=generator,
         )
 
@@ -402,11 +413,11 @@ class Pruner:
             self.left_whole[group.name] = "it is skipped"
             return False
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        if "saliency" in self.score.needs and not any(
-            parameters[span.tensor].requires_grad
-            for span in group.spans
-            if span.role == "out" and span.tensor in parameters
-        ):
+        made = [parameters[s.tensor] for s in group.spans if s.role == "out" and s.tensor in parameters]
+        if "made" in self.score.needs and not made:
+            self.left_whole[group.name] = "no weights make it"
+            return False
+        if self.score.needs_gradients and not any(parameter.requires_grad for parameter in made):
             self.left_whole[group.name] = "it is frozen, so no gradient says how important it is"
             return False
         if "moments" in self.score.needs and not group.readers:
@@ -425,13 +436,19 @@ class Pruner:
             raise ValueError(
                 f"Expected a budget that can be reached, got {self.budget}: with everything removable gone, "
                 f"{closest:.1%} remains. Ask for at least "
-                f"{type(self.budget).__name__}({math.ceil(1000 * closest) / 1000}), skip less, or lower `round_to`."
+                f"{type(self.budget).__name__}({math.ceil(1000 * closest) / 1000}), skip less, or lower `round_to`. "
+                f"Left whole: {'; '.join(f'{layer}: {reason}' for layer, reason in self.left_whole.items())}."
             )
 
     def _new_recorder(self) -> Recorder:
         moments = "moments" in self.score.needs or self.compensate != "none"
         return Recorder(
-            self.model, self.groups, self.score.lags, moments=moments, saliency="saliency" in self.score.needs
+            self.model,
+            self.groups,
+            self.score.lags,
+            moments=moments,
+            saliency="saliency" in self.score.needs,
+            information="information" in self.score.needs,
         )
 
     # --- save ---

@@ -21,16 +21,23 @@ from lightning_slim.units import Reader, UnitGroup, gradients, parameters_of, ro
 ROWS_PER_COLUMN = 4
 MIN_ROWS = 1024
 
+# What becomes of the effects of a unit's weights, one unit a row, in one step.
+OF_UNITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "saliency": lambda effects: effects.sum(1).square(),
+    "information": lambda effects: effects.square().sum(1),
+}
+
 
 class Recorder:
-    """Streams what scores need: moments of the units as their readers see them, and their saliency.
+    """Streams what scores need: moments of the units as their readers see them, and their effects on the loss.
 
     Args:
         model: the module that `groups` were found in.
         groups: all groups that will be scored.
         lags: past steps beside the present, where units arrive as series.
         moments: whether to stream moments.
-        saliency: whether to stream the first-order effect on the loss.
+        saliency: whether to stream the squared first-order effect of each unit on the loss.
+        information: whether to stream the sum of the squared effects of each unit's weights.
         memory: how much of the past still counts one recorded step later: the weights move, old evidence fades.
     """
 
@@ -41,25 +48,29 @@ class Recorder:
         lags: int = 0,
         moments: bool = True,
         saliency: bool = False,
+        information: bool = False,
         memory: float = 0.95,
     ) -> None:
         self.model = model
         self.groups = list(groups)
         self.lags, self.memory = lags, memory
-        self.wants_moments, self.wants_saliency = moments, saliency
+        self.wants_moments = moments
         # One entry for each reader; of blocks, one for all.
         self.moments: dict[str, list[Moments | None]] = {
             g.name: [None] * (1 if g.blocks else len(g.readers)) for g in groups
         }
-        self.saliency: dict[str, Tensor] = {}
-        self.saliency_steps: dict[str, float] = {}
+        # What is wanted of the gradients: group -> decayed sum over steps.
+        self.effects: dict[str, dict[str, Tensor]] = {
+            name: {} for name, wanted in (("saliency", saliency), ("information", information)) if wanted
+        }
+        self.steps: dict[str, float] = {}  # group -> decayed number of steps
 
     @property
     def ready(self) -> bool:
         """Whether anything that is wanted was recorded."""
         seen = all(m is not None for group in self.moments.values() for m in group)
-        return (seen or not self.wants_moments) and (
-            self.saliency.keys() == self.moments.keys() or not self.wants_saliency
+        return (seen or not self.wants_moments) and all(
+            of_groups.keys() == self.moments.keys() for of_groups in self.effects.values()
         )
 
     @contextmanager
@@ -123,7 +134,7 @@ class Recorder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def observe_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Adds the squared first-order effect of every unit; call it when gradients are whole and unscaled.
+        """Adds the effects of every unit's weights, `weight * gradient`; call it when gradients are whole and unscaled.
 
         Args:
             parameters: whose gradients are whole now (those of one of several optimizers); all, if None.
@@ -132,20 +143,27 @@ class Recorder:
         for group in self.groups:
             if mine is not None and not any(id(p) in mine for p in parameters_of(self.model, group)):
                 continue
-            self.saliency_steps[group.name] = self.memory * self.saliency_steps.get(group.name, 0.0) + 1
-            effect = (rows(self.model, group).float() * gradients(self.model, group).float()).sum(1).square()
-            past = self.saliency.get(group.name)
-            self.saliency[group.name] = effect if past is None else self.memory * past + effect
+            self.steps[group.name] = self.memory * self.steps.get(group.name, 0.0) + 1
+            effects = rows(self.model, group).float() * gradients(self.model, group).float()
+            for name, of_groups in self.effects.items():
+                new = OF_UNITS[name](effects)
+                past = of_groups.get(group.name)
+                of_groups[group.name] = new if past is None else self.memory * past + new
 
     def synchronise(self, average: Callable[[Tensor], Tensor]) -> None:
         """Lets every rank know what all of them recorded: sums become their mean over ranks."""
         for moments in (m for group in self.moments.values() for m in group if m is not None):
             moments.load_state_dict({key: average(value) for key, value in moments.state_dict().items()})
-        self.saliency = {name: average(value) for name, value in self.saliency.items()}
+        for of_groups in self.effects.values():
+            of_groups.update({name: average(value) for name, value in of_groups.items()})
 
     def mean_saliency(self, name: str) -> Float[Tensor, "units"]:
-        """Mean over recorded steps, recent ones weighing more."""
-        return self.saliency[name] / self.saliency_steps[name]
+        """`(sum of weight * gradient) ** 2`: mean over recorded steps, recent ones weighing more."""
+        return self.effects["saliency"][name] / self.steps[name]
+
+    def mean_information(self, name: str) -> Float[Tensor, "units"]:
+        """`sum of (weight * gradient) ** 2`: mean over recorded steps, recent ones weighing more."""
+        return self.effects["information"][name] / self.steps[name]
 
     def keep(self, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> None:
         """Follows a cut: evidence of the units that stay is kept, of the others dropped."""
@@ -153,8 +171,9 @@ class Recorder:
         for group in self.groups:
             if group.name not in left:
                 del self.moments[group.name]
-                self.saliency.pop(group.name, None)
-                self.saliency_steps.pop(group.name, None)
+                self.steps.pop(group.name, None)
+                for of_groups in self.effects.values():
+                    of_groups.pop(group.name, None)
             elif not group.blocks:
                 stand = {(reader.layer, reader.span.tensor) for reader in left[group.name].readers}
                 seen = zip(self.moments[group.name], group.readers, strict=True)
@@ -165,8 +184,9 @@ class Recorder:
                 if moments is not None:
                     width = len(moments.total) // len(mask)
                     moments.keep(mask.repeat_interleave(width).nonzero().flatten())
-            if name in self.saliency:
-                self.saliency[name] = self.saliency[name][mask.to(self.saliency[name].device)]
+            for of_groups in self.effects.values():
+                if name in of_groups:
+                    of_groups[name] = of_groups[name][mask.to(of_groups[name].device)]
 
     def _width(self, reader: Reader) -> int:
         """Columns of the reader's weight: a chunk of a grouped convolution's input."""
@@ -179,8 +199,8 @@ class Recorder:
             "moments": {
                 name: [None if m is None else m.state_dict() for m in group] for name, group in self.moments.items()
             },
-            "saliency": dict(self.saliency),
-            "saliency_steps": dict(self.saliency_steps),
+            "effects": {name: dict(of_groups) for name, of_groups in self.effects.items()},
+            "steps": dict(self.steps),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -192,8 +212,9 @@ class Recorder:
                     moments = Moments(0, device)
                     moments.load_state_dict(values)
                     self.moments[name][slot] = moments
-        self.saliency = {name: values.to(device) for name, values in state["saliency"].items()}
-        self.saliency_steps = dict(state["saliency_steps"])
+        for name, of_groups in self.effects.items():
+            of_groups.update({group: v.to(device) for group, v in state["effects"].get(name, {}).items()})
+        self.steps = dict(state["steps"])
 
 
 class _Watch:

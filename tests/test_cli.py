@@ -13,7 +13,7 @@ from lightning_slim.budgets import Budget
 from lightning_slim.callbacks import GrangerPrune, Prune
 from lightning_slim.cli import main
 from lightning_slim.schedules import Schedule
-from lightning_slim.scores import Score
+from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,6 +78,22 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     again = parser.parse_string(parser.dump(parsed))
     callback = parser.instantiate_classes(again).callback
     assert getattr(callback, argument) == kind()
+
+
+def test_a_combination_of_scores_goes_through_yaml() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Prune, "callback")
+    parts = [
+        {"class_path": "lightning_slim.Granger", "init_args": {"lags": 3}},
+        {"class_path": "lightning_slim.BatchNormScale"},
+    ]
+    combined = {"class_path": "lightning_slim.Combined", "init_args": {"scores": parts, "weights": [2.0, 1.0]}}
+    written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": {"score": combined}}})
+    again = parser.parse_string(parser.dump(parser.parse_string(written)))
+    score = parser.instantiate_classes(again).callback.score
+    assert score == Combined((Granger(3), BatchNormScale()), (2.0, 1.0))
 
 
 def test_granger_prune_with_its_defaults_goes_through_yaml() -> None:

@@ -13,7 +13,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_slim import (
+    BatchNormScale,
+    Fisher,
     Granger,
+    Lamp,
     Linear,
     MACs,
     Magnitude,
@@ -110,7 +113,7 @@ def test_a_submodule_is_skipped_by_its_name() -> None:
     assert set(prepared(network, torch.randn(2, 4), skip=["body"]).widths) == {"head.0"}
 
 
-@pytest.mark.parametrize("score", [Granger(), Magnitude(), Taylor(), Random()])
+@pytest.mark.parametrize("score", [kind() for kind in Score.__subclasses__()], ids=lambda score: type(score).__name__)
 @pytest.mark.parametrize("compensate", ["none", "least_squares"])
 def test_every_score_prunes_with_and_without_compensation(score: Score, compensate: str) -> None:
     network, (x, y) = Mixed(), images(0)
@@ -128,6 +131,49 @@ def test_every_score_prunes_with_and_without_compensation(score: Score, compensa
     F.cross_entropy(network(x), y).backward()
     optimizer.step()
     assert network(x).isfinite().all()
+
+
+def test_absolute_scores_compare_across_layers_as_they_are() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 2))
+    with torch.no_grad():
+        network[2].weight[:, :3] *= 4  # three units of the first group are much larger than the others
+    pruner = prepared(network, torch.randn(2, 4), Lamp(), selection=Selection("global"))
+    event = pruner.step(0.5)
+    assert event is not None
+
+    def widths(importance: dict[str, torch.Tensor]) -> dict[str, int]:
+        """Of the more important half."""
+        least = torch.cat(list(importance.values())).sort(descending=True).values[11]
+        return {name: int((values >= least).sum()) for name, values in importance.items()}
+
+    importance = {name: torch.tensor(values, dtype=torch.float64) for name, values in event.importance.items()}
+    relative = {name: values / values.mean() for name, values in importance.items()}
+    assert event.widths == widths(importance) != widths(relative)
+
+
+def test_scales_of_norms_count_and_layers_without_go_by_magnitude() -> None:
+    network = Net(
+        lambda s, x: s.c(F.relu(s.b(F.relu(s.norm(s.a(x)))))),
+        a=nn.Linear(4, 8),
+        norm=nn.BatchNorm1d(8),
+        b=nn.Linear(8, 6),
+        c=nn.Linear(6, 2),
+    )
+    with torch.no_grad():
+        network.norm.weight.copy_(torch.tensor([-1.0, 0.1, 0.9, 0.2, 0.0, 0.5, -0.3, 0.6]))
+    by_magnitude = prepared(copy.deepcopy(network), torch.randn(3, 4)).step(0.5)
+    event = prepared(network, torch.randn(3, 4), BatchNormScale()).step(0.5)
+    assert event is not None
+    assert by_magnitude is not None
+    assert event.removed["a"] == [1, 3, 4, 6]
+    assert event.removed["b"] == by_magnitude.removed["b"]
+
+
+def test_a_network_without_norms_is_refused_by_the_scales_of_norms() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"pass a normalisation with a scale, got none in Sequential.*Magnitude"):
+        prepared(network, torch.randn(2, 4), BatchNormScale())
 
 
 def digits_after(score: Score, compensate: str) -> tuple[float, float]:
@@ -206,7 +252,7 @@ def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
             optimizer.step()
             pruner.step(step / 10, [optimizer])
 
-    for score in (Granger(), Taylor(), Random()):
+    for score in (Granger(), Taylor(), Fisher(), Random()):
         torch.manual_seed(0)
         network = Mixed()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05)

@@ -112,20 +112,51 @@ def test_saliency_is_the_squared_effect_of_a_gate_on_the_loss() -> None:
     torch.testing.assert_close(recorder.mean_saliency("0"), gate.grad.square(), rtol=1e-4, atol=1e-4)
 
 
+def test_information_is_the_sum_of_squared_effects_of_single_weights_with_memory() -> None:
+    network, x = mlp()
+    recorder = Recorder(network, find_groups(network, x), moments=False, information=True, memory=0.5)
+    steps = []
+    for scale in (1.0, 3.0):
+        assert recorder.ready == bool(steps)
+        network.zero_grad()
+        network(scale * x).square().mean().backward()
+        recorder.observe_gradients()
+        first = network[0]
+        entries = [
+            [*(first.weight[unit] * first.weight.grad[unit]), first.bias[unit] * first.bias.grad[unit]]
+            for unit in range(6)
+        ]
+        steps.append(torch.tensor([sum(e.item() ** 2 for e in of_unit) for of_unit in entries]))
+    torch.testing.assert_close(recorder.mean_information("0"), (0.5 * steps[0] + steps[1]) / 1.5)
+
+
+def test_ranks_agree_on_all_effects() -> None:
+    network, x = mlp()
+    recorder = Recorder(network, find_groups(network, x), moments=False, saliency=True, information=True)
+    network(x).sum().backward()
+    recorder.observe_gradients()
+    saliency, information = recorder.mean_saliency("0"), recorder.mean_information("0")
+    recorder.synchronise(lambda value: 2 * value)
+    torch.testing.assert_close(recorder.mean_saliency("0"), 2 * saliency)
+    torch.testing.assert_close(recorder.mean_information("0"), 2 * information)
+
+
 def test_evidence_follows_a_cut() -> None:
     network, x = mlp()
     groups = find_groups(network, x)
-    recorder = Recorder(network, groups, saliency=True)
+    recorder = Recorder(network, groups, saliency=True, information=True)
     with recorder.recording():
         network(x).sum().backward()
     recorder.observe_gradients()
     keep = torch.tensor([True, False, True, True, False, True])
     covariance, saliency = recorder.moments["0"][0].covariance[keep][:, keep], recorder.mean_saliency("0")[keep]
+    information = recorder.mean_information("0")[keep]
     plan = Plan({"0": keep})
     remove_units(network, groups, plan)
     recorder.keep(renumber(groups, plan), plan)
     torch.testing.assert_close(recorder.moments["0"][0].covariance, covariance)
     assert torch.equal(recorder.mean_saliency("0"), saliency)
+    assert torch.equal(recorder.mean_information("0"), information)
     with recorder.recording():
         network(x)
     assert len(recorder.moments["0"][0].total) == 4

@@ -182,7 +182,7 @@ class Prune(SlimCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.
-        if "saliency" not in self.score.needs or not self.pruner.prepared:
+        if not self.score.needs_gradients or not self.pruner.prepared:
             return
         for i in [i for i in self._gradients_due if trainer.optimizers[i] is optimizer]:
             self._gradients_due.remove(i)

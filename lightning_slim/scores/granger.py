@@ -41,7 +41,7 @@ class Granger(Score):
         explained = selection.gains.cumsum(0)
         importance = torch.zeros(units, dtype=torch.float64)
         importance[selection.order] = (1 - (explained - selection.gains)).clamp_min(0)
-        dead = torch.stack([_variance(reading, units) for reading in evidence.readings]).sum(0) == 0
+        dead = torch.stack([reading.variance.sum(1).cpu() for reading in evidence.readings]).sum(0) == 0
         return UnitScores(importance.masked_fill(dead, 0.0))
 
 
@@ -64,8 +64,3 @@ def _few_targets(weight: Float[Tensor, "columns targets"]) -> Float[Tensor, "col
     values, vectors = torch.linalg.eigh(weight @ weight.T)
     fewer: Tensor = vectors * values.clamp_min(0).sqrt()
     return fewer
-
-
-def _variance(reading: Reading, units: int) -> Float[Tensor, "units"]:
-    of_columns = reading.moments.covariance.diagonal().view(units, reading.channels, -1)[:, :, 0]
-    return of_columns.sum(1).cpu()

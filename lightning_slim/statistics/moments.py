@@ -87,6 +87,11 @@ class Moments:
         """Centred second moment (divided by the number of rows); zero while nothing was seen."""
         return self.second / self.count.clamp_min(1e-300) - torch.outer(self.mean, self.mean)
 
+    @property
+    def variance(self) -> Float[Tensor, "columns"]:
+        """Diagonal of `covariance`; never negative."""
+        return (self.second.diagonal() / self.count.clamp_min(1e-300) - self.mean.square()).clamp_min(0)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, as tensors only."""
         return dict(zip(("count", "total", "second"), self._settled(), strict=True))

@@ -248,13 +248,19 @@ def test_an_lstm_is_not_passed_over_by_default(tmp_path: Path) -> None:
     assert callback.history.events[-1].reached <= 0.5
 
 
-def test_an_lstm_that_a_score_cannot_judge_is_named(tmp_path: Path) -> None:
-    """The same, of two layers: no reader of the lower one can be watched, so the run fails, and the reason is known."""
+def test_both_levels_of_an_lstm_are_judged(tmp_path: Path) -> None:
+    """The same, of two layers: what the upper one hears of the lower is computed anew."""
     lit, callback = Sequences("LSTM", 2), GrangerPrune(print_report=False)
-    with pytest.raises(ValueError, match=r"82.3% remains"):
-        trainer(tmp_path, callback).fit(lit, loader())
-    assert "its effect cannot be recorded" in callback.pruner.left_whole["net.r.l0"]
-    assert lit.net.r.hidden_size == 10
+    trainer(tmp_path, callback).fit(lit, loader())
+    assert {"net.r", "net.r.l0"} <= callback.history.events[-1].widths.keys()
+    assert callback.history.events[-1].reached <= 0.5
+    assert lit.net.r.hidden_size < 10
+
+
+def test_a_budget_that_cannot_be_reached_says_what_stays_whole(tmp_path: Path) -> None:
+    callback = GrangerPrune(MACs(0.2), skip=["net.r"], print_report=False)
+    with pytest.raises(ValueError, match=r"Left whole: .*net\.r: it is skipped"):
+        trainer(tmp_path, callback).fit(Sequences("LSTM", 1), loader())
 
 
 def test_a_cut_that_fails_half_way_leaves_an_lstm_that_works() -> None:

@@ -9,7 +9,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_slim import GrangerPrune, Linear, Magnitude, OneShot, Prune, Random, Taylor, Units, load_from_checkpoint
+from lightning_slim import (
+    Fisher,
+    GrangerPrune,
+    Linear,
+    Magnitude,
+    OneShot,
+    Prune,
+    Random,
+    Taylor,
+    Units,
+    load_from_checkpoint,
+)
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.networks import images, same, same_optimizer_state
 
@@ -25,7 +36,7 @@ def prune(kind: str) -> Prune:
     }
     if kind == "granger":
         return GrangerPrune(lags=0, **kwargs)
-    scores = {"magnitude": Magnitude(), "taylor": Taylor(), "random": Random()}
+    scores = {"magnitude": Magnitude(), "taylor": Taylor(), "fisher": Fisher(), "random": Random()}
     return Prune(scores[kind], **kwargs)
 
 
@@ -37,7 +48,7 @@ def run(folder: Path, kind: str, ckpt_path: Path | None = None, **kwargs: Any) -
     return lit, fit, callback
 
 
-@pytest.mark.parametrize("kind", ["granger", "magnitude", "taylor", "random"])
+@pytest.mark.parametrize("kind", ["granger", "magnitude", "taylor", "fisher", "random"])
 def test_stop_after_any_epoch_and_resume_into_a_fresh_dense_model(tmp_path: Path, kind: str) -> None:
     straight, trained, callback = run(tmp_path / "straight", kind)
     assert [event.step for event in callback.history.events] == [8, 16]  # four batches an epoch

@@ -9,60 +9,98 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_slim.scores import Evidence, Granger, Magnitude, Random, Reading, Score, Taylor
+from lightning_slim.scores import Evidence, GeometricMedian, Granger, Magnitude, Random, Reading, Score, Taylor
 from lightning_slim.statistics import Moments
 
 SCORES = Score.__subclasses__()
 UNITS = 8
+REFUSED = {(GeometricMedian, "blocks")}  # with an error that says so
+KINDS = ["channels", "heads", "blocks"]  # what the units are
+SCORED = [(kind, units) for kind in SCORES for units in KINDS if (kind, units) not in REFUSED]
 
 
-def evidence(score: Score, dead: bool = False) -> Evidence:
-    """Random evidence of eight units; if `dead`, unit 3 is always zero."""
+def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Evidence:
+    """Random evidence of eight units; if `dead`, unit 3 is always zero. Heads are read by a second layer, too."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(200, UNITS, generator=generator) @ torch.randn(UNITS, UNITS, generator=generator)
-    weights = torch.randn(UNITS, 5, generator=generator)
-    saliency = torch.rand(UNITS, generator=generator)
+    width = 2 if kind == "heads" else 1
+    x = torch.randn(200, UNITS, width, generator=generator)
+    x = torch.einsum("rvc,vu->ruc", x, torch.randn(UNITS, UNITS, generator=generator))
+    weights = torch.randn(UNITS, 5 * width, generator=generator)
+    saliency, information = torch.rand(2, UNITS, generator=generator)
+    made = None if kind == "blocks" else torch.randn(UNITS, 7, generator=generator)
+    scales = torch.rand(UNITS, 0 if kind == "blocks" else 2, generator=generator)
     if dead:
-        x[:, 3], weights[3], saliency[3] = 0, 0, 0
-    columns = torch.stack([x] + [x.roll(lag, 0) for lag in range(1, score.lags + 1)], -1).flatten(1)
-    moments = Moments(columns.shape[1])
-    moments.update(columns)
-    return Evidence(weights, (Reading(moments, weights),), saliency, torch.Generator().manual_seed(2))
+        x[:, 3], weights[3], saliency[3], information[3], scales[3] = 0, 0, 0, 0, 0
+        if made is not None:
+            made[3] = 0
+    if kind == "heads":
+        weight = weights.view(UNITS * width, 5)
+        readings = (Reading(streamed(x.flatten(1)), weight, width), Reading(streamed(x[:, :, 0]), weights))
+    else:
+        lags = 0 if kind == "blocks" else score.lags
+        past = torch.stack([x[:, :, 0].roll(lag, 0) for lag in range(lags + 1)], -1).flatten(1)
+        readings = (Reading(streamed(past), torch.ones(UNITS, 1) if kind == "blocks" else weights),)
+    return Evidence(weights, readings, saliency, information, made, scales, generator=torch.Generator().manual_seed(2))
+
+
+def streamed(rows: Tensor) -> Moments:
+    moments = Moments(rows.shape[1])
+    moments.update(rows)
+    return moments
 
 
 def permuted(given: Evidence, order: Tensor) -> Evidence:
     """The same evidence with its units in another order."""
-    moments = given.readings[0].moments
-    width = len(moments.total) // UNITS
-    other = Moments(0)
-    other.load_state_dict(moments.state_dict())
-    other.keep((order[:, None] * width + torch.arange(width)).flatten())
-    return Evidence(given.weights[order], (Reading(other, given.weights[order]),), given.saliency[order])
+
+    def of(reading: Reading) -> Reading:
+        moments = reading.moments.copy()
+        width = len(moments.total) // UNITS
+        moments.keep((order[:, None] * width + torch.arange(width)).flatten())
+        weight = reading.weight.view(UNITS, reading.channels, -1)[order].flatten(0, 1)
+        return Reading(moments, weight, reading.channels)
+
+    tensors = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    moved = {name: value[order] for name, value in tensors.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(given, readings=tuple(map(of, given.readings)), **moved)
 
 
-@pytest.mark.parametrize("kind", SCORES)
-def test_importance_is_finite_not_negative_and_one_a_unit(kind: type[Score]) -> None:
+@pytest.mark.parametrize(("kind", "units"), SCORED)
+def test_importance_is_finite_not_negative_and_one_a_unit(kind: type[Score], units: str) -> None:
     for dead in (False, True):
-        importance = kind()(evidence(kind(), dead)).importance
+        importance = kind()(evidence(kind(), dead, units)).importance
         assert importance.shape == (UNITS,)
         assert importance.isfinite().all()
         assert (importance >= 0).all()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCORES if kind is not Random])
-def test_a_dead_unit_has_importance_zero(kind: type[Score]) -> None:
-    assert kind()(evidence(kind(), dead=True)).importance[3] == 0
+@pytest.mark.parametrize(("kind", "units"), [(kind, units) for kind, units in SCORED if kind is not Random])
+def test_a_dead_unit_has_importance_zero(kind: type[Score], units: str) -> None:
+    importance = kind()(evidence(kind(), True, units)).importance
+    assert importance[3] == 0
+    assert (importance > 0).sum() == UNITS - 1
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCORES if kind is not Random])
-def test_units_are_scored_the_same_in_any_order(kind: type[Score]) -> None:
-    given, order = evidence(kind()), torch.randperm(UNITS)
+@pytest.mark.parametrize(("kind", "units"), [(kind, units) for kind, units in SCORED if kind is not Random])
+def test_units_are_scored_the_same_in_any_order(kind: type[Score], units: str) -> None:
+    given, order = evidence(kind(), kind=units), torch.randperm(UNITS)
     torch.testing.assert_close(kind()(permuted(given, order)).importance, kind()(given).importance[order])
 
 
-@pytest.mark.parametrize("kind", SCORES)
-def test_the_same_evidence_gives_the_same_scores(kind: type[Score]) -> None:
-    assert torch.equal(kind()(evidence(kind())).importance, kind()(evidence(kind())).importance)
+@pytest.mark.parametrize(("kind", "units"), SCORED)
+def test_the_same_evidence_gives_the_same_scores(kind: type[Score], units: str) -> None:
+    assert torch.equal(*(kind()(evidence(kind(), kind=units)).importance for _ in range(2)))
+
+
+@pytest.mark.parametrize(("kind", "units"), REFUSED)
+def test_units_of_the_wrong_kind_are_refused(kind: type[Score], units: str) -> None:
+    with pytest.raises(ValueError, match=r"Expected .*, got .*: choose"):
+        kind()(evidence(kind(), kind=units))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCORES if "moments" in kind().needs and kind is not Granger])
+def test_without_a_record_what_is_missing_is_said(kind: type[Score]) -> None:
+    with pytest.raises(ValueError, match="got none: run the network within"):
+        kind()(Evidence(torch.ones(2, 1)))
 
 
 @pytest.mark.parametrize("kind", SCORES)

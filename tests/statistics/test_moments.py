@@ -52,6 +52,12 @@ def test_decay_weighs_old_rows_less() -> None:
     assert moments.mean.item() == pytest.approx(3 / 2)  # weights 0.5, 0.5 and 1
 
 
+def test_variance_is_the_diagonal_of_the_covariance_and_never_negative() -> None:
+    moments = streamed(torch.randn(300, 5) + 3)
+    torch.testing.assert_close(moments.variance, moments.covariance.diagonal(), rtol=1e-12, atol=0)
+    assert (streamed(torch.full((7, 400), 0.1) * torch.arange(400)).variance >= 0).all()
+
+
 def test_nothing_seen_is_zero_and_not_nan() -> None:
     assert not Moments(3).covariance.any()
     assert not Moments(3).mean.any()

@@ -11,7 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_slim import Granger, Magnitude, OneShot, Pruner, Random, Taylor, Units, migrate, remove_units
+from lightning_slim import (
+    ActivationMean,
+    ActivationStd,
+    BatchNormScale,
+    Combined,
+    Fisher,
+    GeometricMedian,
+    Granger,
+    Lamp,
+    Magnitude,
+    MagnitudeTimesStd,
+    OneShot,
+    Pruner,
+    Random,
+    Score,
+    Taylor,
+    Units,
+    Wanda,
+    migrate,
+    remove_units,
+)
 from lightning_slim.profile import count_macs
 from lightning_slim.surgery import Example, dropped, find_blocks, forget_blocks, grow_back, resize_to, restore
 from lightning_slim.surgery.blocks import Dropped
@@ -234,6 +254,29 @@ def test_costs_foretell_what_is_left(name: str, granularity: str, score: object)
     assert again == resumed.widths
 
 
+@pytest.mark.parametrize(
+    "score",
+    [ActivationMean(), ActivationStd(), MagnitudeTimesStd(), Wanda(), Lamp(), Fisher(), BatchNormScale(), Combined()],
+    ids=lambda s: type(s).__name__,
+)
+def test_blocks_and_units_are_scored_side_by_side(score: Score) -> None:
+    network = Stack(*(Block() for _ in range(4)))
+    with torch.no_grad():
+        for parameter in network.blocks[2].parameters():
+            parameter.mul_(1e-4)
+    pruner = Pruner(network, score, Units(0.7), OneShot(0.5), granularity="both", compensate="none")
+    pruner.prepare(X)
+    with pruner.recording():
+        network(X).square().mean().backward()
+    pruner.recorder.observe_gradients()
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.removed["blocks"] == [2]
+    assert len(event.removed) > 1
+    assert event.params == sum(p.numel() for p in network.parameters())
+    assert network(X).isfinite().all()
+
+
 def test_a_block_that_adds_nothing_goes_first() -> None:
     torch.manual_seed(0)
     network = Stack(*(Block() for _ in range(4)))
@@ -261,6 +304,18 @@ def test_blocks_that_cannot_go_are_named() -> None:
     assert pruner.widths == {"0.layers": 1}
     assert "fails without it" in pruner.left_whole["0.layers.0"]
     assert pruner.left_whole["0.layers.2"] == "it is skipped"
+
+
+def test_a_score_that_compares_weights_leaves_blocks_whole() -> None:
+    network = Stack(Block(), Block(), Block())
+    with pytest.raises(ValueError, match=r"Nothing can be removed.*blocks.0: its weights do not correspond"):
+        Pruner(network, GeometricMedian(), Units(0.5), granularity="layers").prepare(X)
+    pruner = Pruner(network, GeometricMedian(), Units(0.5), OneShot(0.5), granularity="both", compensate="none")
+    pruner.prepare(X)
+    assert not any(group.blocks for group in pruner.groups)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.params == sum(p.numel() for p in network.parameters())
 
 
 def test_without_blocks_the_error_says_so() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, in_runs, present
-from lightning_slim.units import Role
+from lightning_slim.units import Role, UnitGroup, columns
+from lightning_slim.weight_norm import layer_of
 
 
 class BatchNorm(LayerKind):
@@ -88,3 +90,17 @@ class LayerNormLike(LayerKind):
     def refresh(self, layer: nn.Module) -> None:
         if "normalized_shape" in vars(layer):
             vars(layer)["normalized_shape"] = (len(layer.get_parameter("weight")),)
+
+
+def norm_scales(model: nn.Module, group: UnitGroup) -> Float[Tensor, "units norms"]:
+    """The absolute scale of each unit in every normalisation that a group passes; no columns if there is none.
+
+    The mean over the positions of a unit; a tied scale counts once. Norms of other libraries, of which only the name is
+    known, do not count: some multiply by one more than their weight.
+    """
+    scales: dict[int, Tensor] = {}
+    for span in group.spans:
+        layer = model.get_submodule(layer_of(span.tensor))
+        if isinstance(layer, (*BatchNorm.types, *GroupNorm.types, *LayerNorm.types)) and span.tensor.endswith("weight"):
+            scales[id(layer.weight)] = columns(layer.weight.detach(), span).abs().mean(1)
+    return torch.stack([*scales.values()], 1) if scales else torch.zeros(group.size, 0)
