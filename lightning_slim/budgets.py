@@ -30,7 +30,7 @@ class Budget(ABC):
 
     def remaining(self, costs: Costs, widths: Widths) -> float:
         """Fraction of the original that remains at some widths."""
-        return self.count(costs, widths) / self.count(costs, costs.original)
+        return self.count(costs, widths) / self.count(costs.whole, costs.original)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,11 @@ class Costs:
         left = {path: group for path, group in self.blocks.items() if path not in blocks}
         return replace(self, blocks=left, gone=(*self.gone, *sorted(blocks)))
 
+    @property
+    def whole(self) -> Costs:
+        """The costs with all blocks that there ever were, at `original` widths: what fractions are fractions of."""
+        return replace(self, gone=())
+
     def _lost(self, widths: Widths) -> tuple[str, ...]:
         """What the names of tensors and layers begin with that are in blocks that go."""
         left, lost = dict(widths), list(self.gone)

@@ -88,13 +88,17 @@ class Selection:
         """
         costs, blocks = costs.ranked(importance), set(costs.blocks.values())
 
-        def at(level: float) -> dict[str, int]:
-            return self.widths(level, costs.original, current, importance, costs.packs, costs.floors, blocks)
+        def at(level: float, fixed: Mapping[str, int]) -> dict[str, int]:
+            widths = self.widths(level, costs.original, current, importance, costs.packs, costs.floors, blocks)
+            return {**widths, **fixed}
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.remaining(costs, widths) <= remaining + 1e-12
 
-        widths = at(_largest(lambda level: affordable(at(level))))
+        widths = at(_largest(lambda level: affordable(at(level, {}))), {})
+        # A block is worth many units: once it is known how many of them go, these may be wider.
+        fixed = {name: widths[name] for name in blocks}
+        widths = at(_largest(lambda level: affordable(at(level, fixed))), fixed)
         return self._spend_the_rest(widths, current, costs, affordable)
 
     def _spend_the_rest(

@@ -291,7 +291,7 @@ class Prune(SlimCallback):
             "slim/params": params,
             "slim/macs": macs,
             "slim/params_left": params / costs.parameters,
-            "slim/macs_left": macs / costs.macs(costs.original),
+            "slim/macs_left": macs / costs.whole.macs(costs.original),
             "slim/asked": asked,
             "slim/reached": self.budget.remaining(costs, widths),
             **{f"slim/units/{name}": units for name, units in widths.items()},

@@ -20,6 +20,8 @@ from lightning_slim import (
     GeometricMedian,
     Granger,
     Lamp,
+    Linear,
+    MACs,
     Magnitude,
     MagnitudeTimesStd,
     OneShot,
@@ -237,6 +239,7 @@ def test_costs_foretell_what_is_left(name: str, granularity: str, score: object)
     network = make()
     pruner = Pruner(network, score, Units(0.5), OneShot(0.5), granularity=granularity)  # type: ignore[arg-type]
     pruner.prepare(x)
+    dense = sum(count_macs(network, pruner.calls[""].args).values()) // pruner.calls[""].samples
     with pruner.recording():
         network(x).square().mean().backward()
     pruner.recorder.observe_gradients()
@@ -245,6 +248,7 @@ def test_costs_foretell_what_is_left(name: str, granularity: str, score: object)
     assert event.params == sum(p.numel() for p in network.parameters())
     macs = count_macs(network, pruner.calls[""].args)
     assert event.macs == sum(macs.values()) // pruner.calls[""].samples
+    assert MACs(0.5).remaining(pruner.costs, pruner.widths) == event.macs / dense  # of the original, with all blocks
     assert dropped(network)
     resumed = Pruner(copy.deepcopy(network), score, Units(0.4), granularity=granularity)  # type: ignore[arg-type]
     resumed.load_state_dict(pruner.state_dict())
@@ -355,3 +359,28 @@ def test_a_copy_with_other_widths_grows_back_to_any_shape() -> None:
     resize_to(network, dense)
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == dense
     assert network(X).isfinite().all()
+
+
+@pytest.mark.parametrize("cuts", [1, 4])
+def test_a_budget_does_not_compound_over_blocks(cuts: int) -> None:
+    """What remains is a fraction of the network with all of its blocks, however many cuts it takes."""
+    network = Stack(*(Block() for _ in range(8)))
+    dense = sum(count_macs(network, (X,)).values())
+    pruner = Pruner(network, Magnitude(), MACs(0.5), Linear(start=0.0, end=1.0), granularity="layers")
+    pruner.prepare(X)
+    for cut in range(1, cuts + 1):
+        event = pruner.step(cut / cuts)
+        assert event is None or event.reached <= event.asked
+    assert len(pruner.groups[0].blocks) == 4 - 1  # the two linear layers around them stay, and count
+    assert pruner.history.events[-1].reached == sum(count_macs(network, (X,)).values()) / dense
+    assert pruner.step(1.0) is None
+
+
+@pytest.mark.parametrize("remaining", [0.8, 0.6, 0.45, 0.3])
+def test_units_take_up_what_blocks_leave_of_a_budget(remaining: float) -> None:
+    network = Stack(*(Block() for _ in range(4)))
+    pruner = Pruner(network, Magnitude(), MACs(remaining), OneShot(0.5), granularity="both", compensate="none")
+    pruner.prepare(X)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert remaining - 0.05 < event.reached <= remaining
