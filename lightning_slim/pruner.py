@@ -37,7 +37,8 @@ from lightning_slim.surgery import (
     remove_units,
     restore,
 )
-from lightning_slim.surgery.groups import as_example, survey_networks, workable
+from lightning_slim.surgery.example import as_example, workable
+from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.layers.norm import norm_scales
 from lightning_slim.surgery.verify import compare, pack_up, vet, vet_blocks
 from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_slim.profile import Profile, bytes_on_disk, count_macs, evaluating, time_side_by_side
 from lightning_slim.surgery import Example
-from lightning_slim.surgery.groups import as_example
+from lightning_slim.surgery.example import as_example
 from lightning_slim.weight_norm import settle
 
 

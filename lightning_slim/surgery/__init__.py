@@ -3,9 +3,9 @@
 from lightning_slim.surgery.batch_norm import recalibrate_batch_norm, recalibrating
 from lightning_slim.surgery.blocks import drop, dropped, find_blocks, grow_back
 from lightning_slim.surgery.cut import Cut, StructureChange, forget_blocks, remove_units, resize_to, restore
+from lightning_slim.surgery.example import Example
 from lightning_slim.surgery.groups import Survey, find_groups, survey
 from lightning_slim.surgery.optimizer import migrate
-from lightning_slim.surgery.tracing import Example
 from lightning_slim.surgery.work import find_work
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_slim.surgery.groups import as_example
+from lightning_slim.surgery.example import as_example
 
 
 @contextmanager

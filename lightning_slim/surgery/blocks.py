@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import UnitGroup
 from lightning_slim.weight_norm import settle, weight_norms
 

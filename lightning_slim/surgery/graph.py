@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_slim.surgery.example import Example
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.surgery.tracing import Example, UntraceableError, trace
+from lightning_slim.surgery.tracing import UntraceableError, trace
 from lightning_slim.units import Role
 
 MAX_POINTS = 2_000_000  # beyond this an index mapping has gone astray; ResNet-152 has about 200,000

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_slim.surgery.example import Example, as_example
 from lightning_slim.surgery.graph import Component, find_coupling
 from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
 from lightning_slim.surgery.layers.embedding import Embedding
 from lightning_slim.surgery.ties import Site, half_tied, join_tied
-from lightning_slim.surgery.tracing import Example, UntraceableError, untouched
+from lightning_slim.surgery.tracing import UntraceableError
 from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup
 from lightning_slim.weight_norm import layer_of, obstacle, weight_norm_of
 
@@ -32,53 +32,6 @@ class Survey:
 
     groups: list[UnitGroup] = field(default_factory=list)
     left_whole: dict[str, str] = field(default_factory=dict)
-
-
-def as_example(inputs: Any) -> Example:
-    """The usual forms of example inputs: a tensor, a tuple of arguments, a dict of keyword arguments."""
-    if isinstance(inputs, Example):
-        return inputs
-    if isinstance(inputs, Mapping):
-        return Example((), dict(inputs))
-    return Example(tuple(inputs)) if isinstance(inputs, tuple | list) else Example((inputs,))
-
-
-SAMPLES = 2  # of a batch: enough to trace, small enough to be quick
-
-
-def workable(network: nn.Module, call: Example) -> Example:
-    """A call cut down to two samples, if the network takes it so, of the network's own floating type.
-
-    Where the first axis is not the batch everywhere (attention masks, graphs, a single image), the whole call is kept.
-    """
-    weight = next((p for p in network.parameters() if p.is_floating_point()), None)
-
-    def alike(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_inference():  # a batch of validation: it can never have a gradient
-            leaf = leaf.clone()
-        # Under autocast, one network's output in bfloat16 may be another one's input.
-        half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
-        return leaf.to(weight.dtype) if half and weight is not None else leaf
-
-    args, kwargs = tree_map(alike, (call.args, dict(call.kwargs)))
-    call = Example(args, kwargs, call.samples)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    batch = tensors[0].shape[0] if tensors else 0
-    if batch <= SAMPLES:
-        return call if call.samples > 1 else call._replace(samples=max(batch, 1))
-
-    def shrink(leaf: Any) -> Any:
-        is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return leaf[:SAMPLES].clone() if is_batch else leaf
-
-    args, kwargs = tree_map(shrink, (args, kwargs))
-    small = Example(args, kwargs, SAMPLES)
-    with untouched(network), torch.no_grad():
-        try:
-            network(*small.args, **small.kwargs)
-        except Exception:  # whatever a user's forward raises: the whole call, which it took in training, remains
-            return call
-    return small
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> list[UnitGroup]:

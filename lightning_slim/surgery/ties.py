@@ -91,10 +91,13 @@ def half_tied(model: nn.Module, spans: Iterable[Span], prefix: str = "") -> str:
         spans: all that a group would cut.
         prefix: stands before every name in the spans.
     """
+    tied = tied_names(model)
+    if not tied:
+        return ""
     cuts: defaultdict[tuple[int, str], set[tuple[int, tuple[int, ...]]]] = defaultdict(set)
     for span in spans:
         cuts[_holder(model, span.tensor.removeprefix(prefix))].add((span.axis, tuple(span.index.flatten().tolist())))
-    for names in tied_names(model).values():
+    for names in tied.values():
         if any(cuts[_holder(model, name)] != cuts[_holder(model, names[0])] for name in names):
             return f"it is tied: {' and '.join(names)} are one tensor, and only one of them would be cut"
     return ""

@@ -6,8 +6,7 @@ torch-pruning knows how indices travel through concatenations, splits and flatte
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,23 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.eager import eagerly
+from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.layers import LayerKind, layer_kind
-from lightning_slim.weight_norm import settle
-
-
-class Example(NamedTuple):
-    """One call of a network: `network(*args, **kwargs)`.
-
-    Attributes:
-        args: positional arguments.
-        kwargs: keyword arguments.
-        samples: how many samples of a batch are in it, if that is known; MACs are counted for one.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = {}
-    samples: int = 1
 
 
 class UntraceableError(ValueError):
@@ -102,37 +86,6 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
             "prune a submodule whose output does."
         )
     return graph, {tensor.grad_fn for tensor in (*inputs, *outputs)}
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and gradients everywhere (tracing wants them); afterwards nothing of it is left."""
-    modes = {module: module.training for module in model.modules()}
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            eagerly(),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            model.eval()
-            for p in frozen:
-                p.requires_grad_(True)
-            yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-        settle(model)
 
 
 class _Shapes(TorchFunctionMode):

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_slim.surgery.blocks import without
 from lightning_slim.surgery.cut import remove_units, restore
+from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.ties import untied
-from lightning_slim.surgery.tracing import Example, untouched
 from lightning_slim.units import MIN_UNITS, Plan, Span, UnitGroup, renumber
 from lightning_slim.weight_norm import editing, settle, stored
 
@@ -174,22 +174,21 @@ def _compare_units(
     calls: Calls,
     modes: Mapping[nn.Module, bool],
 ) -> str:
-    with untouched(model):
-        read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
-        with _unmixed(model), untied(model, read), _unread(model, groups, plan):
-            before = _outputs(model, calls)
-            trains = any(modes.values()) and _runs(model, calls, modes)
-        cuts = remove_units(model, groups, plan)
-        try:
-            with _unmixed(model):
-                after = _outputs(model, calls)
-            if trains:
-                _set_modes(modes)
-                _outputs(model, calls)
-        except Exception as error:  # whatever a user's forward raises on other widths
-            return _failure(error)
-        finally:
-            restore(model, cuts)
+    read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
+    with _unmixed(model), untied(model, read), _unread(model, groups, plan):
+        before = _outputs(model, calls)
+        trains = any(modes.values()) and _runs(model, calls, modes)
+    cuts = remove_units(model, groups, plan)
+    try:
+        with _unmixed(model):
+            after = _outputs(model, calls)
+        if trains:
+            _set_modes(modes)
+            _outputs(model, calls)
+    except Exception as error:  # whatever a user's forward raises on other widths
+        return _failure(error)
+    finally:
+        restore(model, cuts)
     return _difference(before, after)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_slim.costs import Work
 from lightning_slim.profile import count_by_operator
+from lightning_slim.surgery.example import Example
 from lightning_slim.surgery.layers import layer_kind
-from lightning_slim.surgery.tracing import Example
 from lightning_slim.weight_norm import weight_norm_of
 
 

@@ -13,7 +13,7 @@ from lightning_slim import Magnitude, OneShot, Pruner, Taylor, Units, find_group
 from lightning_slim.folding import fold_plan
 from lightning_slim.recording import Recorder
 from lightning_slim.surgery import Example, survey
-from lightning_slim.surgery.groups import workable
+from lightning_slim.surgery.example import workable
 from lightning_slim.surgery.verify import vet
 from lightning_slim.units import Plan
 from tests.networks import same
