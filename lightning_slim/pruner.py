@@ -7,8 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
+from lightning_slim.candidates import Granularity, Wish, find_candidates
 from lightning_slim.costs import Costs
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.history import History, PruningEvent
@@ -23,14 +23,12 @@ from lightning_slim.recording import Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.selection import Selection, comparable, plan_for
-from lightning_slim.skipping import Skip, check_skip, skips
+from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.statistics import Moments
 from lightning_slim.surgery import (
     Example,
     StructureChange,
-    Survey,
     dropped,
-    find_blocks,
     find_work,
     forget_blocks,
     migrate,
@@ -38,13 +36,11 @@ from lightning_slim.surgery import (
     restore,
 )
 from lightning_slim.surgery.example import as_example, workable
-from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.layers.norm import norm_scales
-from lightning_slim.surgery.verify import compare, pack_up, vet, vet_blocks
+from lightning_slim.surgery.verify import compare
 from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
 from lightning_slim.weight_norm import weight
 
-Granularity = Literal["units", "layers", "both"]
 NOTHING = "It has no layers that can be cut, and no residual blocks"
 
 
@@ -144,9 +140,8 @@ class Pruner:
             ValueError: nothing can be removed, or not enough.
         """
         calls = self._workable({"": example_inputs} if networks is None else networks)
-        self.left_whole = {}
-        groups = self._find_units(calls) if self.granularity != "layers" else []
-        groups += self._find_blocks(calls) if self.granularity != "units" else []
+        wish = Wish(self.score, self.granularity, self.module, self.skip, self.verify)
+        groups, self.left_whole = find_candidates(self.model, calls, wish, self.agree)
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons or NOTHING}.")
@@ -161,48 +156,6 @@ class Pruner:
         self._original_index = {group.name: torch.arange(group.size) for group in groups}
         self._original_shapes = self._shapes = _shapes(self.model, groups)
         self._recorder = self._new_recorder()
-
-    def _find_units(self, calls: Mapping[str, Example]) -> list[UnitGroup]:
-        """Groups of units that can be removed; why the others cannot goes into `left_whole`."""
-        found = survey_networks(self.model, calls)
-        self.left_whole |= found.left_whole
-        groups = _whole_packs([group for group in found.groups if self._wanted(group)], found, self.left_whole)
-        if self.verify:
-            unfit = vet(self.model, groups, calls)
-            unfit, packs = self.agree((unfit, pack_up(self.model, groups, unfit, calls)))
-            self.left_whole.update({name: reason for name, reason in unfit.items() if name not in packs})
-            groups = [
-                replace(group, pack=packs.get(group.name, group.pack))
-                for group in groups
-                if group.name in packs or group.name not in unfit
-            ]
-        return groups
-
-    def _find_blocks(self, calls: Mapping[str, Example]) -> list[UnitGroup]:
-        """Groups of blocks that can be removed; why others cannot goes into `left_whole`."""
-        found: dict[str, UnitGroup] = {}
-        for root, call in calls.items():
-            groups = find_blocks(self.model.get_submodule(root), call, f"{root}." if root else "")
-            found.update((group.name, group) for group in groups)
-        found = self.agree(found)
-        unfit = self.agree(vet_blocks(self.model, list(found.values()), calls)) if self.verify else {}
-        unfit |= {path: why for group in found.values() for path in group.blocks if (why := self._unwanted(path))}
-        self.left_whole |= unfit
-        left = (replace(g, blocks=tuple(path for path in g.blocks if path not in unfit)) for g in found.values())
-        return [group for group in left if group.blocks]
-
-    def _unwanted(self, block: str) -> str:
-        """Why a block is to stay; empty if it need not."""
-        module = self.model.get_submodule(block)
-        if self.module and not f"{block}.".replace("_orig_mod.", "").startswith(f"{self.module}."):
-            return f"it is not in {self.module}"
-        if any(skips(entry, block, module) for entry in self.skip):
-            return "it is skipped"
-        if self.score.needs_gradients and not any(p.requires_grad for p in module.parameters()):
-            return "it is frozen, so no gradient says how important it is"
-        if "made" in self.score.needs:
-            return f"its weights do not correspond to those of other blocks, so {type(self.score).__name__} cannot tell"
-        return ""
 
     def meet(self, networks: Mapping[str, Any]) -> None:
         """Examples of networks that were prepared before: a checkpoint knows the groups, but holds no training data."""
@@ -403,29 +356,6 @@ class Pruner:
             stacklevel=3,
         )
 
-    # --- find ---
-
-    def _wanted(self, group: UnitGroup) -> bool:
-        inside = (f"{name}.".replace("_orig_mod.", "").startswith(f"{self.module}.") for name in group.layers)
-        if self.module and not all(inside):
-            self.left_whole[group.name] = f"it reaches beyond {self.module}"
-            return False
-        if any(skips(entry, name, self.model.get_submodule(name)) for name in group.layers for entry in self.skip):
-            self.left_whole[group.name] = "it is skipped"
-            return False
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        made = [parameters[s.tensor] for s in group.spans if s.role == "out" and s.tensor in parameters]
-        if "made" in self.score.needs and not made:
-            self.left_whole[group.name] = "no weights make it"
-            return False
-        if self.score.needs_gradients and not any(parameter.requires_grad for parameter in made):
-            self.left_whole[group.name] = "it is frozen, so no gradient says how important it is"
-            return False
-        if "moments" in self.score.needs and not group.readers:
-            self.left_whole[group.name] = "no linear layer or convolution reads it, so its effect cannot be recorded"
-            return False
-        return True
-
     def _check_reachable(self, costs: Costs) -> None:
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
         start = costs.original
@@ -497,16 +427,6 @@ def _reading(moments: Moments, reader: Reader, tensor: Tensor) -> Reading:
 def _alone(value: Any) -> Any:
     """There is one process: everybody agrees, and the mean is the value."""
     return value
-
-
-def _whole_packs(groups: list[UnitGroup], found: Survey, left_whole: dict[str, str]) -> list[UnitGroup]:
-    """The groups without those whose pack is not complete: they must keep as many units as one that stays whole."""
-    names = {group.name for group in groups}
-    broken = {group.pack for group in found.groups if group.pack and group.name not in names}
-    for group in groups:
-        if group.pack in broken:
-            left_whole[group.name] = "it must keep as many units as a layer or direction beside it that stays whole"
-    return [group for group in groups if not group.pack or group.pack not in broken]
 
 
 def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:

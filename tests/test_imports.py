@@ -31,13 +31,14 @@ MAY_IMPORT = {
     "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
     "report": {"profile", "surgery", "weight_norm"},
+    "candidates": {"scores", "skipping", "surgery", "units"},
     "pruner": {
-        "budgets", "costs", "folding", "history", "profile", "recording", "schedules", "scores", "selection",
-        "skipping", "statistics", "surgery", "units", "weight_norm",
+        "budgets", "candidates", "costs", "folding", "history", "profile", "recording", "schedules", "scores",
+        "selection", "skipping", "statistics", "surgery", "units", "weight_norm",
     },
     "callbacks": {
-        "budgets", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report", "schedules", "scores",
-        "selection", "skipping", "surgery", "weight_norm",
+        "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report",
+        "schedules", "scores", "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
+from lightning_slim.candidates import Granularity
 from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import cut_tensors, remember_cut
 from lightning_slim.folding import Compensate
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.pruner import Granularity, NoEffectWarning, Pruner
+from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score

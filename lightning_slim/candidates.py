@@ -1,0 +1,144 @@
+"""What may go, of all that hangs together in a network; and why the rest may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_slim.scores import Score
+from lightning_slim.skipping import Skip, skips
+from lightning_slim.surgery import Example, Survey, find_blocks
+from lightning_slim.surgery.groups import survey_networks
+from lightning_slim.surgery.verify import pack_up, vet, vet_blocks
+from lightning_slim.units import UnitGroup
+
+Granularity = Literal["units", "layers", "both"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user allows to go.
+
+    Attributes:
+        score: what says how important units are; what it cannot judge stays.
+        granularity: `"units"` of layers, whole residual blocks (`"layers"`), or both.
+        module: dotted name of the only part that may be cut; all of it if empty.
+        skip: what stays whole: names of layers, patterns, or module types (or their names).
+        verify: whether to try every group, and leave whole what differs.
+    """
+
+    score: Score
+    granularity: Granularity = "units"
+    module: str = ""
+    skip: Skip = ()
+    verify: bool = True
+
+    def forbids(self, model: nn.Module, name: str) -> str:
+        """Why a layer or block is to stay; empty if it need not."""
+        if self.module and not f"{name}.".replace("_orig_mod.", "").startswith(f"{self.module}."):
+            return f"it is not in {self.module}"
+        if any(skips(entry, name, model.get_submodule(name)) for entry in self.skip):
+            return "it is skipped"
+        return ""
+
+
+def find_candidates(
+    model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]
+) -> tuple[list[UnitGroup], dict[str, str]]:
+    """Finds what can be removed and may be.
+
+    Args:
+        model: the module that will be cut.
+        calls: its networks, each with one call.
+        wish: what a user allows to go.
+        agree: with several processes, what rank 0 says.
+
+    Returns:
+        Groups, and of all else that was found: name -> why it stays whole.
+    """
+    left_whole: dict[str, str] = {}
+    groups = _find_units(model, calls, wish, agree, left_whole) if wish.granularity != "layers" else []
+    groups += _find_blocks(model, calls, wish, agree, left_whole) if wish.granularity != "units" else []
+    return groups, left_whole
+
+
+def _find_units(
+    model: nn.Module,
+    calls: Mapping[str, Example],
+    wish: Wish,
+    agree: Callable[[Any], Any],
+    left_whole: dict[str, str],
+) -> list[UnitGroup]:
+    found = survey_networks(model, calls)
+    reasons = {group.name: _unwanted_units(model, group, wish) for group in found.groups}
+    left_whole |= found.left_whole | {name: why for name, why in reasons.items() if why}
+    groups = _whole_packs([group for group in found.groups if not reasons[group.name]], found, left_whole)
+    if wish.verify:
+        unfit = vet(model, groups, calls)
+        unfit, packs = agree((unfit, pack_up(model, groups, unfit, calls)))
+        left_whole |= {name: reason for name, reason in unfit.items() if name not in packs}
+        groups = [
+            replace(group, pack=packs.get(group.name, group.pack))
+            for group in groups
+            if group.name in packs or group.name not in unfit
+        ]
+    return groups
+
+
+def _find_blocks(
+    model: nn.Module,
+    calls: Mapping[str, Example],
+    wish: Wish,
+    agree: Callable[[Any], Any],
+    left_whole: dict[str, str],
+) -> list[UnitGroup]:
+    found: dict[str, UnitGroup] = {}
+    for root, call in calls.items():
+        groups = find_blocks(model.get_submodule(root), call, f"{root}." if root else "")
+        found.update((group.name, group) for group in groups)
+    found = agree(found)
+    unfit = agree(vet_blocks(model, list(found.values()), calls)) if wish.verify else {}
+    unfit |= {path: why for group in found.values() for path in group.blocks if (why := _unwanted(model, path, wish))}
+    left_whole |= unfit
+    left = (replace(g, blocks=tuple(path for path in g.blocks if path not in unfit)) for g in found.values())
+    return [group for group in left if group.blocks]
+
+
+def _unwanted_units(model: nn.Module, group: UnitGroup, wish: Wish) -> str:
+    """Why a group is to stay; empty if it need not."""
+    forbidden = {reason for name in group.layers if (reason := wish.forbids(model, name))}
+    if forbidden:
+        return "it is skipped" if "it is skipped" in forbidden else f"it reaches beyond {wish.module}"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    made = [parameters[s.tensor] for s in group.spans if s.role == "out" and s.tensor in parameters]
+    if "made" in wish.score.needs and not made:
+        return "no weights make it"
+    if wish.score.needs_gradients and not any(parameter.requires_grad for parameter in made):
+        return "it is frozen, so no gradient says how important it is"
+    if "moments" in wish.score.needs and not group.readers:
+        return "no linear layer or convolution reads it, so its effect cannot be recorded"
+    return ""
+
+
+def _unwanted(model: nn.Module, block: str, wish: Wish) -> str:
+    """Why a block is to stay; empty if it need not."""
+    if forbidden := wish.forbids(model, block):
+        return forbidden
+    if wish.score.needs_gradients and not any(p.requires_grad for p in model.get_submodule(block).parameters()):
+        return "it is frozen, so no gradient says how important it is"
+    if "made" in wish.score.needs:
+        return f"its weights do not correspond to those of other blocks, so {type(wish.score).__name__} cannot tell"
+    return ""
+
+
+def _whole_packs(groups: Sequence[UnitGroup], found: Survey, left_whole: dict[str, str]) -> list[UnitGroup]:
+    """The groups without those whose pack is not complete: they must keep as many units as one that stays whole."""
+    names = {group.name for group in groups}
+    broken = {group.pack for group in found.groups if group.pack and group.name not in names}
+    for group in groups:
+        if group.pack in broken:
+            left_whole[group.name] = "it must keep as many units as a layer or direction beside it that stays whole"
+    return [group for group in groups if not group.pack or group.pack not in broken]
