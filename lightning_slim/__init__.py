@@ -1,6 +1,6 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
-from lightning_slim.budgets import Budget, MACs, Units
+from lightning_slim.budgets import Budget, MACs, Significant, Units
 from lightning_slim.callbacks import GrangerPrune, Prune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, PruningEvent
@@ -8,9 +8,12 @@ from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
 from lightning_slim.scores import (
+    Ablation,
+    ActivationFrequency,
     ActivationMean,
     ActivationStd,
     BatchNormScale,
+    BivariateGranger,
     Combined,
     Fisher,
     GeometricMedian,
@@ -19,7 +22,9 @@ from lightning_slim.scores import (
     Magnitude,
     MagnitudeTimesStd,
     Random,
+    RandomGates,
     Score,
+    Screening,
     Taylor,
     Wanda,
 )
@@ -29,9 +34,12 @@ from lightning_slim.units import Plan, UnitGroup
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablation",
+    "ActivationFrequency",
     "ActivationMean",
     "ActivationStd",
     "BatchNormScale",
+    "BivariateGranger",
     "Budget",
     "Combined",
     "Cubic",
@@ -53,9 +61,12 @@ __all__ = [
     "Pruner",
     "PruningEvent",
     "Random",
+    "RandomGates",
     "Report",
     "Schedule",
     "Score",
+    "Screening",
+    "Significant",
     "Taylor",
     "UnitGroup",
     "Units",

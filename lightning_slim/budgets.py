@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_slim.costs import Costs, Widths
 
@@ -13,9 +14,11 @@ class Budget(ABC):
 
     Attributes:
         fraction: in (0, 1].
+        open_ended: whether pruning may end before so little is left.
     """
 
     fraction: float
+    open_ended: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -51,3 +54,30 @@ class MACs(Budget):
 
     def count(self, costs: Costs, widths: Widths) -> int:
         return costs.macs(widths)
+
+
+@dataclass(frozen=True)
+class Significant(Budget):
+    """Every unit that is significant may remain, and nothing else: no fraction has to be named.
+
+    At every point of the schedule units go that a score with p-values (`Granger`, `Screening`, `RandomGates`) does not
+    find significant, until there are none.
+
+    Attributes:
+        alpha: which share of the significant units may be so by chance (Benjamini and Hochberg, 1995).
+    """
+
+    alpha: float = 0.05
+    open_ended: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"Expected `alpha` between 0 and 1, got {self.alpha}: 0.05 is common.")
+
+    @property
+    def fraction(self) -> float:  # type: ignore[override]
+        """Nothing but what is significant."""
+        return 0.0
+
+    def count(self, costs: Costs, widths: Widths) -> int:
+        return costs.units(widths)

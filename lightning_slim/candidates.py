@@ -118,7 +118,9 @@ def _unwanted_units(model: nn.Module, group: UnitGroup, wish: Wish) -> str:
         return "no weights make it"
     if wish.score.needs_gradients and not any(parameter.requires_grad for parameter in made):
         return "it is frozen, so no gradient says how important it is"
-    if "moments" in wish.score.needs and not group.readers:
+    if "gates" in wish.score.needs and any(isinstance(model.get_submodule(r.layer), nn.RNNBase) for r in group.readers):
+        return "a recurrent layer reads it, and no gate fits in there"
+    if wish.score.needs & {"moments", "gates"} and not group.readers:
         return "no linear layer or convolution reads it, so its effect cannot be recorded"
     return ""
 
@@ -129,6 +131,8 @@ def _unwanted(model: nn.Module, block: str, wish: Wish) -> str:
         return forbidden
     if wish.score.needs_gradients and not any(p.requires_grad for p in model.get_submodule(block).parameters()):
         return "it is frozen, so no gradient says how important it is"
+    if wish.score.needs_witnesses:
+        return f"a whole block arrives nowhere, and that is where {type(wish.score).__name__} looks"
     if "made" in wish.score.needs:
         return f"its weights do not correspond to those of other blocks, so {type(wish.score).__name__} cannot tell"
     return ""

@@ -1,13 +1,13 @@
-"""Which networks a training step calls, and one example of what it gives them."""
+"""Which networks a training step calls, one example of what it gives them, and what they make of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.eager import eagerly
 from lightning_slim.surgery import Example
@@ -21,28 +21,65 @@ def capture_calls(model: nn.Module) -> Iterator[dict[str, Example]]:
     as `"net"`; a GAN as its generator and its discriminator.
     """
     calls: dict[str, Example] = {}
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.setdefault(name, whole_example(args, kwargs))
+
+    with _outermost(model, before=note):
+        yield calls
+
+
+@contextmanager
+def capture_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects what outermost calls return: dotted name -> first floating tensor of the first call.
+
+    It has no gradient; of a network that returns no tensor there is none.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        made = next(tensors, None)
+        if made is not None:
+            outputs.setdefault(name, made.detach())
+
+    with _outermost(model, after=note):
+        yield outputs
+
+
+Note = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+@contextmanager
+def _outermost(model: nn.Module, before: Note | None = None, after: Note | None = None) -> Iterator[None]:
+    """Notes calls of modules with parameters that are not made within another one."""
     depth: list[bool] = []  # one entry for every call under way: whether it counts
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             counts = not _is_redirected(module)
-            if counts and not any(depth) and name not in calls:
-                calls[name] = whole_example(args, kwargs)
+            if before is not None and counts and not any(depth):
+                before(name, args, kwargs, None)
             depth.append(counts)
 
         return hook
 
-    def leave(*_: Any) -> None:
-        depth.pop()
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            counts = depth.pop()
+            if after is not None and counts and not any(depth):
+                after(name, args, kwargs, output)
+
+        return hook
 
     handles = []
     for name, module in model.named_modules():
         if any(True for _ in module.parameters()):
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+            handles.append(module.register_forward_hook(leave(name), with_kwargs=True, always_call=True))
     try:
         with eagerly():
-            yield calls
+            yield
     finally:
         for handle in handles:
             handle.remove()

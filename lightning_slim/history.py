@@ -22,6 +22,9 @@ class PruningEvent:
         widths: group -> units left.
         removed: group -> units removed by this event, in ORIGINAL numbering.
         importance: group -> importance of every unit that was there, in the order of its numbering then.
+        calibration: group -> what the selection found and what it finds where there is nothing, of scores that
+            calibrate themselves: `rows`, `live` units, `explained` (share of the targets' variance that the units that
+            stay explain), `by_chance` (of targets they cannot know), `inflation`, `significant` units.
     """
 
     step: int
@@ -33,6 +36,7 @@ class PruningEvent:
     widths: dict[str, int]
     removed: dict[str, list[int]]
     importance: dict[str, list[float]]
+    calibration: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         gone = sum(map(len, self.removed.values()))

@@ -7,21 +7,22 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_slim.budgets import Budget, MACs
+from lightning_slim.budgets import Budget, MACs, Significant
 from lightning_slim.candidates import Granularity, Wish, find_candidates
 from lightning_slim.costs import Costs
 from lightning_slim.folding import Compensate, fold_plan
+from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.recording import Recorder
+from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
-from lightning_slim.scores import Evidence, Reading, Score
+from lightning_slim.scores import Evidence, Need, Reading, Score, UnitScores
 from lightning_slim.selection import Selection, comparable, plan_for
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.statistics import Moments
@@ -38,8 +39,21 @@ from lightning_slim.surgery import (
 from lightning_slim.surgery.example import as_example, workable
 from lightning_slim.surgery.layers.norm import norm_scales
 from lightning_slim.surgery.verify import compare
-from lightning_slim.units import Plan, Reader, UnitGroup, columns, from_state, named_tensors, renumber, rows, to_state
+from lightning_slim.units import (
+    MIN_UNITS,
+    Plan,
+    Reader,
+    UnitGroup,
+    columns,
+    coupled_rows,
+    from_state,
+    named_tensors,
+    renumber,
+    rows,
+    to_state,
+)
 from lightning_slim.weight_norm import weight
+from lightning_slim.witness import Gathered, Witness
 
 NOTHING = "It has no layers that can be cut, and no residual blocks"
 
@@ -66,6 +80,10 @@ class Pruner:
             is a call to compare with, and goes by the trial that began the run.
         seed: of scores that draw.
         granularity: what goes: `"units"` of layers, whole residual blocks (`"layers"`), or both under one budget.
+        guard: what happens to groups in which a score that calibrates itself (`Granger`) finds no signal; None takes
+            every score as it comes.
+        protect_significant: units that are significant stay whatever the budget, with at most this share of them
+            being so by chance; None protects none.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -92,13 +110,23 @@ class Pruner:
         verify: bool = True,
         seed: int = 0,
         granularity: Granularity = "units",
+        guard: Guard | None = None,
+        protect_significant: float | None = None,
     ) -> None:
         if granularity not in ("units", "layers", "both"):
             raise ValueError(f'Expected `granularity` to be "units", "layers" or "both", got {granularity!r}.')
         if compensate not in ("none", "mean", "least_squares"):
             raise ValueError(f'Expected `compensate` to be "none", "mean" or "least_squares", got {compensate!r}.')
+        if protect_significant is not None and not 0 < protect_significant < 1:
+            raise ValueError(f"Expected `protect_significant` between 0 and 1, got {protect_significant}.")
+        self.alpha = budget.alpha if isinstance(budget, Significant) else protect_significant
+        if self.alpha is not None and not score.tests:
+            raise ValueError(
+                f"Expected a score with p-values to find significant units, got {score}: choose `Granger()`, "
+                "`Screening()` or `RandomGates()`."
+            )
         self.model = model
-        self.score = score
+        self.score, self.guard = score, guard
         self.budget = budget or MACs(0.5)
         self.schedule = schedule or Cubic()
         self.selection = selection or Selection()
@@ -170,6 +198,12 @@ class Pruner:
         modules = dict(self.model.named_modules())
         stands = all(path in modules for group in self.groups for path in group.layers)
         return stands and self._shapes == _shapes(self.model, self.groups) and self._gone == set(dropped(self.model))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What must be recorded, for the score and for what takes its place."""
+        fallback = self.guard.fallback if self.guard is not None else None
+        return self.score.needs | (fallback.needs if fallback is not None else frozenset())
 
     @property
     def prepared(self) -> bool:
@@ -248,11 +282,11 @@ class Pruner:
         """
         if not self.asks(progress):
             return None
-        self.recorder.synchronise(self.average)
-        importance = self._score()
-        plan = self.agree(self._plan(progress, importance))
+        self.recorder.synchronise(self.average, self.agree)
+        scores = self._score()
+        plan = self.agree(self._plan(progress, scores))
         if not plan.removed:
-            if self.schedule(progress) == 1:
+            if self.schedule(progress) == 1 and not self.budget.open_ended:
                 warnings.warn(
                     f"Nothing was removed at {progress:.0%} of the run, though only {self.asked(progress):.1%} should "
                     "remain: every group is as small as `round_to` and its floor allow.",
@@ -276,47 +310,75 @@ class Pruner:
             undo.pop_all()
         for model in models:
             forget_blocks(model)
-        return self._remember(progress, global_step, plan, importance)
+        return self._remember(progress, global_step, plan, scores)
 
-    def _score(self) -> dict[str, Float[Tensor, "units"]]:
-        candidates = [group for group in self.groups if group.name not in self.given_up]
-        scores = {group.name: self.score(self._evidence(group)).importance for group in candidates}
-        for name, importance in scores.items():
-            if not bool(importance.isfinite().all()):
+    def _score(self) -> dict[str, UnitScores]:
+        scores = {}
+        for group in (group for group in self.groups if group.name not in self.given_up):
+            evidence = self._evidence(group)
+            found = self._guarded(group, evidence, self.score(evidence))
+            if found is None:
+                continue
+            if not bool(found.importance.isfinite().all()):
                 raise ValueError(
-                    f"Expected finite importance, got NaN or infinity from {type(self.score).__name__} for {name}: "
-                    "look for NaN in the activations or gradients."
+                    f"Expected finite importance, got NaN or infinity from {type(self.score).__name__} for "
+                    f"{group.name}: look for NaN in the activations or gradients."
                 )
+            scores[group.name] = found
         return scores
 
-    def _plan(self, progress: float, importance: Mapping[str, Tensor]) -> Plan:
+    def _guarded(self, group: UnitGroup, evidence: Evidence, found: UnitScores) -> UnitScores | None:
+        """What to go by instead, if a score says that it found nothing; None if that group is to stay whole."""
+        if self.guard is None or found.calibration is None:
+            return found
+        columns = max(len(reading.moments.total) for reading in evidence.heard)
+        reason = no_signal(found.calibration, columns)
+        if not reason:
+            return found
+        fallback = self.guard.fallback
+        instead = "it stays whole" if fallback is None else f"{type(fallback).__name__} scores it instead"
+        warnings.warn(f"No signal in {group.name}: {reason}; {instead}.", NoEffectWarning, stacklevel=5)
+        return None if fallback is None else UnitScores(fallback(evidence).importance, None, found.calibration)
+
+    def _plan(self, progress: float, scores: Mapping[str, UnitScores]) -> Plan:
+        importance = {name: found.importance for name, found in scores.items()}
         across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
-        widths = self.selection.fit(self.asked(progress), self.budget, self.costs, self.widths, across)
+        costs = self.costs
+        if self.alpha is not None:
+            tested = {name: found.log_p for name, found in scores.items() if found.log_p is not None}
+            stay = significant(tested, self.alpha)
+            floors = {name: max(int(mask.sum()), costs.floors.get(name, MIN_UNITS)) for name, mask in stay.items()}
+            costs = replace(costs, floors={**costs.floors, **floors})
+            above = {name: stay[name] * (1 + importance[name].max()) for name in stay}
+            importance = {name: values + above.get(name, 0.0) for name, values in importance.items()}
+        widths = self.selection.fit(self.asked(progress), self.budget, costs, self.widths, across)
         return plan_for(widths, importance)
 
     def _evidence(self, group: UnitGroup) -> Evidence:
         generator = torch.Generator().manual_seed(
             zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
         )
-        moments = self.recorder.moments[group.name] if "moments" in self.score.needs else []
+        moments = self.recorder.moments[group.name] if "moments" in self.needs else []
         readings = tuple(
-            _reading(m, r, weight(self.model, r.span.tensor).detach())
-            for m, r in zip(moments, group.readers, strict=False)
+            _reading(m, r, weight(self.model, r.span.tensor).detach(), self.recorder.told(group.name, slot))
+            for slot, (m, r) in enumerate(zip(moments, group.readers, strict=False))
             if m is not None
         )
         if group.blocks:  # what follows reads the sum of what the blocks add
             readings = tuple(Reading(m, torch.ones(group.size, 1)) for m in moments if m is not None)
+        parts = [] if group.blocks else coupled_rows(self.model, group, role=None)
         return Evidence(
             weights=rows(self.model, group, role=None).detach(),
+            fans=tuple(part.shape[1] for part in parts),
             readings=readings,
-            saliency=self.recorder.mean_saliency(group.name) if "saliency" in self.score.needs else None,
-            information=self.recorder.mean_information(group.name) if "information" in self.score.needs else None,
-            made=rows(self.model, group).detach() if "made" in self.score.needs and not group.blocks else None,
-            scales=norm_scales(self.model, group) if "scales" in self.score.needs else None,
+            effects={effect: self.recorder.mean(effect, group.name) for effect in self.recorder.effects},
+            gates=self.recorder.gates.get(group.name),
+            made=rows(self.model, group).detach() if "made" in self.needs and not group.blocks else None,
+            scales=norm_scales(self.model, group) if "scales" in self.needs else None,
             generator=generator,
         )
 
-    def _remember(self, progress: float, step: int, plan: Plan, importance: Mapping[str, Tensor]) -> PruningEvent:
+    def _remember(self, progress: float, step: int, plan: Plan, scores: Mapping[str, UnitScores]) -> PruningEvent:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
         self.last_change = StructureChange(self.groups, plan)
         self._original_index.update({name: self._original_index[name][keep] for name, keep in plan.items()})
@@ -335,10 +397,28 @@ class Pruner:
             macs=self.costs.macs(self.widths),
             widths=self.widths,
             removed=removed,
-            importance={name: values.tolist() for name, values in importance.items()},
+            importance={name: found.importance.tolist() for name, found in scores.items()},
+            calibration=self._calibrations(plan, scores),
         )
         self.history.events.append(event)
         return event
+
+    def _calibrations(self, plan: Plan, scores: Mapping[str, UnitScores]) -> dict[str, dict[str, float]]:
+        """What scores that calibrate themselves found, as plain numbers."""
+        told = {}
+        for name, (_, log_p, c) in scores.items():
+            if c is not None:
+                kept = int(plan[name].sum()) if name in plan else c.units
+                told[name] = {
+                    "rows": c.rows,
+                    "live": c.live,
+                    "explained": float(c.explained[kept - 1]),
+                    "by_chance": float(c.by_chance[kept - 1]),
+                    "inflation": c.inflation,
+                }
+                if log_p is not None:
+                    told[name]["significant"] = int(significant({name: log_p}, self.alpha or 0.05)[name].sum())
+        return told
 
     def _give_up(self, plan: Plan, reason: str) -> None:
         """Leaves those groups of a plan whole that cannot be cut alone."""
@@ -363,7 +443,7 @@ class Pruner:
             0.0, start, start, everything, costs.packs, costs.floors, costs.blocks.values()
         )
         closest = self.budget.remaining(costs, smallest)
-        if closest > self.budget.fraction:
+        if closest > self.budget.fraction and not self.budget.open_ended:
             raise ValueError(
                 f"Expected a budget that can be reached, got {self.budget}: with everything removable gone, "
                 f"{closest:.1%} remains. Ask for at least "
@@ -372,14 +452,16 @@ class Pruner:
             )
 
     def _new_recorder(self) -> Recorder:
-        moments = "moments" in self.score.needs or self.compensate != "none"
+        needs = self.needs
         return Recorder(
             self.model,
             self.groups,
             self.score.lags,
-            moments=moments,
-            saliency="saliency" in self.score.needs,
-            information="information" in self.score.needs,
+            moments="moments" in needs or self.compensate != "none",
+            effects=[effect for effect in get_args(Effect) if effect in needs],
+            gates="gates" in needs,
+            witnesses=self.score.witnesses,
+            seed=self.seed,
         )
 
     # --- save ---
@@ -418,10 +500,10 @@ class Pruner:
         self._recorder.load_state_dict(state["recorder"])
 
 
-def _reading(moments: Moments, reader: Reader, tensor: Tensor) -> Reading:
+def _reading(moments: Moments, reader: Reader, tensor: Tensor, told: Mapping[Witness, Gathered]) -> Reading:
     weight = columns(tensor, reader.span)
     channels = reader.span.index.shape[1] if reader.joint else 1
-    return Reading(moments, weight.reshape(len(weight) * channels, -1), channels)
+    return Reading(moments, weight.reshape(len(weight) * channels, -1), channels, told)
 
 
 def _alone(value: Any) -> Any:

@@ -154,7 +154,12 @@ def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float
     """
     if group.blocks:
         return _padded([p.detach().flatten() for p in model.get_submodule(path).parameters()] for path in group.blocks)
-    return torch.cat([columns(weight(model, s.tensor), s) for s in _spans(model, group, role)], dim=1)
+    return torch.cat(coupled_rows(model, group, role), dim=1)
+
+
+def coupled_rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> list[Float[Tensor, "units fan"]]:
+    """The parts of `rows`, one a tensor; not of blocks."""
+    return [columns(weight(model, s.tensor), s) for s in _spans(model, group, role)]
 
 
 def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_slim import Cubic, Linear, MACs, OneCycle, OneShot, Units, find_groups, remove_units
+from lightning_slim import Cubic, Linear, MACs, OneCycle, OneShot, Significant, Units, find_groups, remove_units
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.profile import count_macs
@@ -20,6 +20,7 @@ from tests.networks import Mixed, images, mixed_plan
 from tests.surgery.test_cut import NETWORKS, some
 
 SCHEDULES, BUDGETS = Schedule.__subclasses__(), Budget.__subclasses__()
+CLOSED = [kind for kind in BUDGETS if not kind.open_ended]
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -55,11 +56,16 @@ def test_a_schedule_outside_the_run_is_refused(make) -> None:
         make()
 
 
-@pytest.mark.parametrize("kind", BUDGETS)
+@pytest.mark.parametrize("kind", CLOSED)
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, 50])
 def test_a_budget_outside_0_and_1_is_refused(kind: type, fraction: float) -> None:
     with pytest.raises(ValueError, match=r"fraction in \(0, 1\]"):
         kind(fraction)
+
+
+def test_a_level_of_significance_outside_0_and_1_is_refused() -> None:
+    with pytest.raises(ValueError, match="`alpha` between 0 and 1, got 5"):
+        Significant(5)
 
 
 @pytest.mark.parametrize("kind", BUDGETS)

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_slim import (
     BatchNormScale,
+    BivariateGranger,
     Fisher,
     Granger,
     Lamp,
@@ -25,6 +26,7 @@ from lightning_slim import (
     Pruner,
     Random,
     Score,
+    Screening,
     Taylor,
     Units,
     migrate,
@@ -113,18 +115,30 @@ def test_a_submodule_is_skipped_by_its_name() -> None:
     assert set(prepared(network, torch.randn(2, 4), skip=["body"]).widths) == {"head.0"}
 
 
-@pytest.mark.parametrize("score", [kind() for kind in Score.__subclasses__()], ids=lambda score: type(score).__name__)
+EVERY = [kind() for kind in Score.__subclasses__() if kind is not BivariateGranger]
+EVERY += [BivariateGranger(axis="training_step"), Granger(0, "labels"), Granger(0, "losses"), Taylor("weights")]
+EVERY += [Granger(0, form="leave_one_out"), Screening("kruskal_wallis", "nothing"), Screening(times="scale")]
+
+
+@pytest.mark.parametrize("score", EVERY, ids=str)
 @pytest.mark.parametrize("compensate", ["none", "least_squares"])
 def test_every_score_prunes_with_and_without_compensation(score: Score, compensate: str) -> None:
     network, (x, y) = Mixed(), images(0)
     pruner = prepared(network, x, score, compensate=compensate)
     optimizer = torch.optim.AdamW(network.parameters())
-    for _ in range(2):
+    steps = 0
+    while steps < 2 or not pruner.recorder.ready:
         optimizer.zero_grad()
+        if pruner.recorder.experiments:
+            pruner.recorder.experiment(lambda: F.cross_entropy(network(x), y, reduction="none"))
         with pruner.recording():
-            F.cross_entropy(network(x), y).backward()
+            losses = F.cross_entropy(network(x), y, reduction="none")
+            losses.mean().backward()
+        pruner.recorder.hear(labels=y, losses=losses)
         pruner.recorder.observe_gradients()
         optimizer.step()
+        steps += 1
+        assert steps < 50
     event = pruner.step(0.5, [optimizer])
     assert event is not None
     assert event.widths == {"c1": 4, "c2": 3, "up": 8, "fc1": 10}

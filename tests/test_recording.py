@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_slim import find_groups, remove_units
-from lightning_slim.recording import MIN_ROWS, Recorder
+from lightning_slim.recording import Recorder
+from lightning_slim.recording.recorder import MIN_ROWS
 from lightning_slim.units import Plan, gradients, renumber, rows
 from tests.surgery.test_cut import NETWORKS, Net, conv
 
@@ -94,7 +95,7 @@ def test_nothing_is_hooked_outside_of_recording() -> None:
 def test_recording_does_not_change_training() -> None:
     network, x = mlp()
     other = copy.deepcopy(network)
-    recorder = Recorder(network, find_groups(network, x), saliency=True)
+    recorder = Recorder(network, find_groups(network, x), effects=("saliency",))
     with recorder.recording():
         network(x).sum().backward()
     recorder.observe_gradients()
@@ -104,17 +105,17 @@ def test_recording_does_not_change_training() -> None:
 
 def test_saliency_is_the_squared_effect_of_a_gate_on_the_loss() -> None:
     network, x = mlp()
-    recorder = Recorder(network, find_groups(network, x), moments=False, saliency=True)
+    recorder = Recorder(network, find_groups(network, x), moments=False, effects=("saliency",))
     network(x).square().sum().backward()
     recorder.observe_gradients()
     gate = torch.ones(6, requires_grad=True)  # scales each unit's pre-activation
     network[2](F.relu(network[0](x) * gate)).square().sum().backward()
-    torch.testing.assert_close(recorder.mean_saliency("0"), gate.grad.square(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(recorder.mean("saliency", "0"), gate.grad.square(), rtol=1e-4, atol=1e-4)
 
 
 def test_information_is_the_sum_of_squared_effects_of_single_weights_with_memory() -> None:
     network, x = mlp()
-    recorder = Recorder(network, find_groups(network, x), moments=False, information=True, memory=0.5)
+    recorder = Recorder(network, find_groups(network, x), moments=False, effects=("information",), memory=0.5)
     steps = []
     for scale in (1.0, 3.0):
         assert recorder.ready == bool(steps)
@@ -127,36 +128,36 @@ def test_information_is_the_sum_of_squared_effects_of_single_weights_with_memory
             for unit in range(6)
         ]
         steps.append(torch.tensor([sum(e.item() ** 2 for e in of_unit) for of_unit in entries]))
-    torch.testing.assert_close(recorder.mean_information("0"), (0.5 * steps[0] + steps[1]) / 1.5)
+    torch.testing.assert_close(recorder.mean("information", "0"), (0.5 * steps[0] + steps[1]) / 1.5)
 
 
 def test_ranks_agree_on_all_effects() -> None:
     network, x = mlp()
-    recorder = Recorder(network, find_groups(network, x), moments=False, saliency=True, information=True)
+    recorder = Recorder(network, find_groups(network, x), moments=False, effects=("saliency", "information"))
     network(x).sum().backward()
     recorder.observe_gradients()
-    saliency, information = recorder.mean_saliency("0"), recorder.mean_information("0")
-    recorder.synchronise(lambda value: 2 * value)
-    torch.testing.assert_close(recorder.mean_saliency("0"), 2 * saliency)
-    torch.testing.assert_close(recorder.mean_information("0"), 2 * information)
+    saliency, information = recorder.mean("saliency", "0"), recorder.mean("information", "0")
+    recorder.synchronise(lambda value: 2 * value, lambda value: value)
+    torch.testing.assert_close(recorder.mean("saliency", "0"), 2 * saliency)
+    torch.testing.assert_close(recorder.mean("information", "0"), 2 * information)
 
 
 def test_evidence_follows_a_cut() -> None:
     network, x = mlp()
     groups = find_groups(network, x)
-    recorder = Recorder(network, groups, saliency=True, information=True)
+    recorder = Recorder(network, groups, effects=("saliency", "information"))
     with recorder.recording():
         network(x).sum().backward()
     recorder.observe_gradients()
     keep = torch.tensor([True, False, True, True, False, True])
-    covariance, saliency = recorder.moments["0"][0].covariance[keep][:, keep], recorder.mean_saliency("0")[keep]
-    information = recorder.mean_information("0")[keep]
+    covariance, saliency = recorder.moments["0"][0].covariance[keep][:, keep], recorder.mean("saliency", "0")[keep]
+    information = recorder.mean("information", "0")[keep]
     plan = Plan({"0": keep})
     remove_units(network, groups, plan)
     recorder.keep(renumber(groups, plan), plan)
     torch.testing.assert_close(recorder.moments["0"][0].covariance, covariance)
-    assert torch.equal(recorder.mean_saliency("0"), saliency)
-    assert torch.equal(recorder.mean_information("0"), information)
+    assert torch.equal(recorder.mean("saliency", "0"), saliency)
+    assert torch.equal(recorder.mean("information", "0"), information)
     with recorder.recording():
         network(x)
     assert len(recorder.moments["0"][0].total) == 4

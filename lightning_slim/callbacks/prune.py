@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,16 +13,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
+from lightning_slim.callbacks.replay import replay
 from lightning_slim.candidates import Granularity
-from lightning_slim.capture import capture_calls
+from lightning_slim.capture import capture_calls, capture_outputs
 from lightning_slim.checkpoint import cut_tensors, remember_cut
 from lightning_slim.folding import Compensate
+from lightning_slim.guards import Guard
 from lightning_slim.history import History, PruningEvent
+from lightning_slim.losses import HearLosses
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
@@ -56,6 +61,9 @@ class Prune(SlimCallback):
             best of a larger model. Files of the old best stay on disk.
         seed: of scores that draw.
         granularity: what goes: `"units"` of layers, whole residual blocks (`"layers"`), or both under one budget.
+        protect_significant: units that a score with p-values finds significant stay whatever the budget, with at most
+            this share of them being so by chance; None protects none.
+        labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
     """
 
@@ -76,6 +84,8 @@ class Prune(SlimCallback):
         reset_monitors: bool = True,
         seed: int = 0,
         granularity: Granularity = "units",
+        protect_significant: float | None = None,
+        labels: int | str = 1,
         print_report: bool = True,
     ) -> None:
         if recovery_epochs <= 0:
@@ -89,12 +99,17 @@ class Prune(SlimCallback):
         self.recalibrate_bn = recalibrate_bn
         self.recovery_epochs = recovery_epochs
         self.record_every_n_steps = record_every_n_steps
+        self.protect_significant, self.labels = protect_significant, labels
+        self.guard: Guard | None = None
         self.print_report = print_report
         self._pruner: Pruner | None = None
         self._point = -1  # the last point in time at which a cut was decided on
         self._batches = 0
         self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
         self._calls: dict[str, Example] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._heard: HearLosses | None = None
+        self._recording = False
         self._watching = ExitStack()
         self._recalibrating = ExitStack()
 
@@ -133,6 +148,8 @@ class Prune(SlimCallback):
                 verify=self.verify,
                 seed=self.seed,
                 granularity=self.granularity,
+                guard=self.guard,
+                protect_significant=self.protect_significant,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,8 +194,7 @@ class Prune(SlimCallback):
         if not self.pruner.calls or (due and not self.history.events):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
         if self.pruner.prepared and (due or not self.pruner.recorder.ready):
-            self._watching.enter_context(self.pruner.recording())
-            self._gradients_due = list(range(len(trainer.optimizers)))
+            self._record(trainer, pl_module, batch, batch_idx)
         self._batches += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -193,6 +209,7 @@ class Prune(SlimCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._watching.close()
+        self._tell(outputs, batch)
         calls, self._calls = self._calls, {}
         new = calls.keys() - self.pruner.networks
         if new and not self.history.events:  # the first batch, or one that calls a network for the first time
@@ -250,11 +267,40 @@ class Prune(SlimCallback):
             left_whole=self.pruner.left_whole,
         )
 
+    def _record(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lets the recorder look on for the rest of this step."""
+        recorder = self.pruner.recorder
+        if recorder.experiments:
+            recorder.experiment(lambda: replay(trainer, pl_module, batch, batch_idx))
+        self._watching.enter_context(self.pruner.recording())
+        if "outputs" in recorder.known:
+            self._outputs = self._watching.enter_context(capture_outputs(pl_module))
+        if "losses" in recorder.known:
+            self._heard = self._watching.enter_context(HearLosses())
+        self._gradients_due = list(range(len(trainer.optimizers)))
+        self._recording = True
+
+    def _tell(self, outputs: Any, batch: Any) -> None:
+        """Tells the recorder what became known in the step that it looked on."""
+        if not self._recording:
+            return
+        self._recording = False
+        recorder = self.pruner.recorder
+        known: dict[str, Any] = {}
+        if "labels" in recorder.known:
+            known["labels"] = label_of(batch, self.labels)
+        if "outputs" in recorder.known:
+            known["outputs"], self._outputs = self._outputs, {}
+        if self._heard is not None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            known["losses"], self._heard = self._heard.of_items(loss), None
+        recorder.hear(**known)
+
     def _warn_if_short(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
             return
         left = self.budget.remaining(self.pruner.costs, self.pruner.widths)
-        if left > self.budget.fraction + 1e-9:
+        if left > self.budget.fraction + 1e-9 and not self.budget.open_ended:
             why = "the run stopped before the schedule ended" if self.pruner.recorder.ready else "nothing was recorded"
             rank_zero_warn(
                 f"Pruning is not finished: {left:.1%} remains, {self.budget.fraction:.1%} was asked for. Perhaps "
@@ -296,7 +342,14 @@ class Prune(SlimCallback):
             "slim/asked": asked,
             "slim/reached": self.budget.remaining(costs, widths),
             **{f"slim/units/{name}": units for name, units in widths.items()},
+            **self._calibration(),
         }
+
+    def _calibration(self) -> dict[str, float]:
+        """What the last selection found, beside what it finds where there is nothing: means over groups."""
+        told = list(self.history.events[-1].calibration.values()) if self.history.events else []
+        names = ("explained", "by_chance", "inflation") if told else ()
+        return {f"slim/{name}": sum(of_group[name] for of_group in told) / len(told) for name in names}
 
     def _announce(self) -> None:
         costs = self.pruner.costs
@@ -307,6 +360,12 @@ class Prune(SlimCallback):
 
     def _log(self, trainer: Trainer, event: PruningEvent) -> None:
         rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
+        if told := self._calibration():
+            rank_zero_info(
+                f"slim: what stays explains {told['slim/explained']:.1%} of what readers of the units compute, and "
+                f"{told['slim/by_chance']:.1%} of what it cannot know; single tests are inflated "
+                f"{told['slim/inflation']:.1f} times"
+            )
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
 
@@ -332,6 +391,24 @@ def epochs_in_run(trainer: Trainer) -> float:
             "Expected a run with an end, got max_epochs=-1 and max_steps=-1: a schedule is a fraction of the run."
         )
     return min(limits)
+
+
+def label_of(batch: Any, item: int | str) -> Tensor:
+    """One item of a batch.
+
+    Raises:
+        MisconfigurationException: there is none, or it is no tensor.
+    """
+    if isinstance(batch, Mapping):
+        found = batch.get(item)
+    else:
+        found = batch[item] if isinstance(item, int) and isinstance(batch, Sequence) and len(batch) > item else None
+    if not isinstance(found, Tensor):
+        raise MisconfigurationException(
+            f"Expected labels as item {item!r} of a batch, got {type(found).__name__} in {type(batch).__name__}: name "
+            "the item that holds them with `labels=`, a number or a key."
+        )
+    return found
 
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_slim.statistics import Moments
+from lightning_slim.statistics import JointMoments, Moments
+from lightning_slim.witness import Witness
 
-Need = Literal["moments", "saliency", "information", "made", "scales"]
-OF_GRADIENTS: frozenset[Need] = frozenset({"saliency", "information"})
+Need = Literal["moments", "made", "scales", "saliency", "information", "sensitivity", "ablation", "gates"]
+EFFECTS: frozenset[Need] = frozenset({"saliency", "information", "sensitivity", "ablation"})
+OF_GRADIENTS: frozenset[Need] = frozenset({"saliency", "information", "sensitivity"})
+OF_EXPERIMENTS: frozenset[Need] = frozenset({"ablation", "gates"})
+
+Reduction = Literal["mean", "max", "sum"]
 
 
 class Reading(NamedTuple):
@@ -24,11 +30,13 @@ class Reading(NamedTuple):
         weight: by which the layer multiplies each unit; several positions of a unit are several targets.
         channels: of one unit, where these are variables of their own: the columns of `moments` are all of them, without
             a past, and so are the rows of `weight`.
+        told: what witnesses gathered there.
     """
 
     moments: Moments
     weight: Float[Tensor, "columns targets"]
     channels: int = 1
+    told: Mapping[Witness, Any] = {}
 
     @property
     def mean(self) -> Float[Tensor, "units channels"]:
@@ -45,6 +53,19 @@ class Reading(NamedTuple):
         size: Tensor = self.weight.detach().to(self.moments.total).norm(p=p, dim=1)
         return size.view(-1, self.channels)
 
+    def gathered(self, witness: Witness) -> Any:
+        """What a witness gathered here.
+
+        Raises:
+            ValueError: nothing.
+        """
+        if witness not in self.told:
+            raise ValueError(
+                f"Expected what {type(witness).__name__} gathers of units where they arrive, got nothing, as of whole "
+                'blocks: choose another score for those, or `granularity="units"`.'
+            )
+        return self.told[witness]
+
     def _present(self, of_columns: Float[Tensor, "all"]) -> Float[Tensor, "units channels"]:
         return of_columns.view(len(self.weight), -1)[:, 0].view(-1, self.channels)
 
@@ -55,11 +76,14 @@ class Evidence:
 
     Attributes:
         weights: every parameter entry a unit owns, one unit a row.
+        fans: how many columns of `weights` come from each of the tensors that are coupled; all from one if empty.
         readings: how the units arrive at the layers that read them; empty unless a score needs `"moments"`.
-        saliency: mean over recorded steps of `(sum of weight * gradient over the unit's entries) ** 2`; None unless a
-            score needs `"saliency"`.
-        information: mean over recorded steps of `sum of (weight * gradient) ** 2` over the unit's entries; None unless
-            a score needs `"information"`.
+        effects: what of the loss depends on each unit, mean over recorded steps, for those that a score needs:
+            `"saliency"`, `(sum of weight * gradient over the unit's entries) ** 2`; `"information"`, the sum of their
+            `(weight * gradient) ** 2`; `"sensitivity"`, of their `|weight * gradient|`; `"ablation"`, how much larger
+            the loss was without the unit.
+        gates: which units were gated, item by item, and how much larger its loss was then; None unless a score needs
+            `"gates"`.
         made: those of `weights` that make or carry the units, and not those that read them; None for whole blocks, and
             unless a score needs `"made"`.
         scales: absolute scale of each unit in every normalisation that the group passes (of several positions: their
@@ -69,11 +93,17 @@ class Evidence:
 
     weights: Float[Tensor, "units fan"]
     readings: tuple[Reading, ...] = ()
-    saliency: Float[Tensor, "units"] | None = None
-    information: Float[Tensor, "units"] | None = None
+    effects: Mapping[str, Float[Tensor, "units"]] = field(default_factory=dict)
     made: Float[Tensor, "units making"] | None = None
     scales: Float[Tensor, "units norms"] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
+    gates: JointMoments | None = None
+    fans: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Float[Tensor, "units fan"], ...]:
+        """The weights, tensor by tensor."""
+        return torch.split(self.weights.detach(), list(self.fans) or self.weights.shape[1], 1)
 
     @property
     def heard(self) -> tuple[Reading, ...]:
@@ -86,11 +116,41 @@ class Evidence:
         return self.readings
 
 
+class Calibration(NamedTuple):
+    """How much a selection found, beside what it finds where there is nothing.
+
+    Attributes:
+        rows: of which moments were taken; old ones count less.
+        units: of the group.
+        live: units that are not constant.
+        variance: of all targets.
+        explained: share of the targets' variance that the first chosen units explain, one more at a time.
+        by_chance: the same of targets of other items, of which units can tell nothing; zeros where that was not
+            recorded.
+        inflation: mean F of single units there, at least 1.
+    """
+
+    rows: float
+    units: int
+    live: int
+    variance: float
+    explained: Float[Tensor, "units"]
+    by_chance: Float[Tensor, "units"]
+    inflation: float
+
+
 class UnitScores(NamedTuple):
-    """One importance per unit: finite, not negative, high stays."""
+    """One importance per unit: finite, not negative, high stays.
+
+    Attributes:
+        importance: of each unit.
+        log_p: logarithms of the p-values of "the unit tells nothing", where the score tests that.
+        calibration: where the score calibrates itself.
+    """
 
     importance: Float[Tensor, "units"]
-    pvalue: Float[Tensor, "units"] | None = None
+    log_p: Float[Tensor, "units"] | None = None
+    calibration: Calibration | None = None
 
 
 class Score(ABC):
@@ -101,11 +161,28 @@ class Score(ABC):
         lags: how many past steps of each unit `readings` must hold.
         absolute: whether importances of several groups compare as they are; if not, they are compared relative to the
             mean of their group.
+        tests: whether `log_p` comes with the importance.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     lags: int = 0
     absolute: ClassVar[bool] = False
+    tests: ClassVar[bool] = False
+
+    @property
+    def witnesses(self) -> tuple[Witness, ...]:
+        """Who looks on where units arrive, for what moments do not tell; whole blocks do not arrive anywhere."""
+        return ()
+
+    @property
+    def needs_witnesses(self) -> bool:
+        """Whether nothing can be said without the witnesses."""
+        return bool(self.witnesses)
+
+    @property
+    def needs_experiments(self) -> bool:
+        """Whether some of the evidence comes from trying units out."""
+        return bool(self.needs & OF_EXPERIMENTS)
 
     @property
     def needs_gradients(self) -> bool:
@@ -115,3 +192,17 @@ class Score(ABC):
     @abstractmethod
     def __call__(self, evidence: Evidence) -> UnitScores:
         """Scores the units of one group."""
+
+
+def reduced(parts: Sequence[Float[Tensor, "units"]], how: Reduction) -> Float[Tensor, "units"]:
+    """One number a unit, of those that coupled tensors or several readers give it."""
+    stacked = torch.stack([part.double().cpu() for part in parts])
+    if how == "max":
+        return stacked.max(0).values
+    return stacked.mean(0) if how == "mean" else stacked.sum(0)
+
+
+def check_reduction(how: str) -> None:
+    """Raises unless it is one."""
+    if how not in ("mean", "max", "sum"):
+        raise ValueError(f'Expected `reduction` to be "mean", "max" or "sum", got {how!r}.')

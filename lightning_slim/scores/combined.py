@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
+from lightning_slim.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Combined(Score):
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         """All that one of the scores needs."""
         return frozenset().union(*(score.needs for score in self.scores))
+
+    @property
+    def witnesses(self) -> tuple[Witness, ...]:
+        """All that one of the scores has."""
+        return tuple(dict.fromkeys(witness for score in self.scores for witness in score.witnesses))
+
+    @property
+    def needs_witnesses(self) -> bool:
+        """Whether one of the scores does."""
+        return any(score.needs_witnesses for score in self.scores)
 
     @property
     def lags(self) -> int:  # type: ignore[override]

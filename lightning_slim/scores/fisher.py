@@ -21,5 +21,4 @@ class Fisher(Score):
     needs: ClassVar[frozenset[Need]] = frozenset({"information"})
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        assert evidence.information is not None
-        return UnitScores(evidence.information.double().cpu())
+        return UnitScores(evidence.effects["information"].double().cpu())

@@ -1,51 +1,208 @@
-"""Conditional Granger causality of units for what their readers compute."""
+"""Conditional Granger causality of units for what their readers, or the network, compute."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_slim.scores.base import Evidence, Need, Reading, Score, UnitScores
-from lightning_slim.statistics import Regression, forward_selection
+from lightning_slim.scores.base import Calibration, Evidence, Need, Reading, Score, UnitScores
+from lightning_slim.statistics import (
+    ForwardSelection,
+    JointMoments,
+    Regression,
+    f_log_sf,
+    forward_selection,
+    leave_one_out,
+    with_lags,
+)
+from lightning_slim.statistics.labels import as_targets
+from lightning_slim.witness import Known, Witness, check_items, in_full
+
+Target = Literal["readers", "outputs", "labels", "losses"]
+NOTHING = 1e-5  # of the targets' variance: with the jitter on the diagonal, copies add a tenth of it
+ENOUGH_ROWS = 1024
+
+
+class OfOthers(JointMoments):
+    """Joint moments of units and of the same units of other items; a unit that is gone is no target, too."""
+
+    def keep(self, units: Int[Tensor, "kept"]) -> None:
+        """Drops all other units, on both sides."""
+        super().keep(units)
+        kept = units.to(self.cross.device)
+        self.cross = self.cross.index_select(2, kept)
+        self.of_targets, self.squares, self.target_pivot = (
+            each.index_select(0, kept) for each in (self.of_targets, self.squares, self.target_pivot)
+        )
+
+
+@dataclass(frozen=True)
+class Exchanged(Witness):
+    """Joins units with those of another item of the batch, of which they can tell nothing."""
+
+    def hold(self, units: Float[Tensor, "items positions columns"]) -> Tensor:
+        return units
+
+    def add(self, gathered: OfOthers | None, held: Tensor, known: None) -> OfOthers:
+        columns = held.shape[2]
+        gathered = gathered or OfOthers(columns, columns, device=held.device)
+        enough = max(ENOUGH_ROWS, 4 * columns)
+        if len(held) > 1 and gathered.count < enough:  # once is enough, until it has faded
+            others = held.roll(1, 0)
+            stride = -(-held.shape[0] * held.shape[1] // enough)
+            gathered.update(held.flatten(0, 1)[::stride], others.flatten(0, 1)[::stride])
+        return gathered
+
+    def blank(self, state: Mapping[str, Tensor]) -> OfOthers:
+        return OfOthers(0, 0)
+
+
+@dataclass(frozen=True)
+class WithTargets(Witness):
+    """Joins units, and their past where the target is a series, with what is known of the item."""
+
+    target: Known
+    lags: int
+
+    @property
+    def known(self) -> Known:  # type: ignore[override]
+        """The target."""
+        return self.target
+
+    def hold(self, units: Float[Tensor, "items positions columns"]) -> Tensor:
+        return in_full(units).clone() if self.target == "outputs" else in_full(units).mean(1, keepdim=True)
+
+    def add(self, gathered: JointMoments | None, held: Tensor, known: Tensor) -> JointMoments:
+        check_items(held, known, self.target)
+        known = known.detach()
+        if known.ndim == 3 and known.shape[1] == held.shape[1] > self.lags:
+            values = with_lags(held, self.lags).flatten(1)
+            targets = known[:, self.lags :].flatten(0, 1)
+        else:
+            values, targets = held.mean(1), known.float().mean(1) if known.ndim == 3 else known
+        targets = as_targets(targets.to(held.device))
+        width = values.shape[1] // held.shape[2]
+        if gathered is None:
+            gathered = JointMoments(held.shape[2], targets.shape[1], width, held.device)
+        elif gathered.cross.shape[2] < targets.shape[1]:  # a class that was never seen before
+            larger = JointMoments(held.shape[2], targets.shape[1], width, held.device)
+            larger.load_state_dict(
+                {n: _padded(old, getattr(larger, n).shape) for n, old in gathered.state_dict().items()}
+            )
+            gathered = larger
+        gathered.update(values, _padded(targets, (len(targets), gathered.cross.shape[2])))
+        return gathered
+
+    def blank(self, state: Mapping[str, Tensor]) -> JointMoments:
+        return JointMoments(0, 0)
 
 
 @dataclass(frozen=True)
 class Granger(Score):
     """Units chosen greedily so that their present and past best predict their readers' pre-activations.
 
-    The importance of a unit is the share of the readers' variance that was still unexplained when it was chosen:
-    1 for the first, about 0 for those that the others predict. It therefore compares across layers: cutting every
-    layer at the same importance leaves every layer the same relative error.
+    The importance of a unit is the share of the targets' variance that was still unexplained when it was chosen:
+    1 for the first, about 0 for those that the others predict.
 
     What is not chosen should be folded into what is (`compensate="least_squares"`): the same moments serve both.
+
+    p-values are those of F to enter: of what each unit adds to those chosen before it, over what is left unexplained,
+    divided by the mean F of single units where there is nothing to find (units joined with another item's targets), if
+    that is above 1. With readers as targets nearly every unit that is no combination of others is significant.
 
     Attributes:
         lags: past steps of each unit beside its present. They count where the units arrive as series: at a `Conv1d`, or
             at a linear layer that reads (item, step, channel). Elsewhere only the present is used.
+        target: what is to be predicted: what the `"readers"` of the units compute of them; the network's `"outputs"`,
+            step by step if they are a series as the units are; the `"labels"` of the batch; or each item's
+            `"losses"`. All but the first take the mean over a unit's pixels or steps, and were never better where we
+            measured them.
+        form: `"greedy"`: forward selection; `"leave_one_out"`: what is lost without each unit, all others there, which
+            calls every copy of a unit useless and ranks below chance where there are copies.
     """
 
     lags: int = 1
+    target: Target = "readers"
+    form: Literal["greedy", "leave_one_out"] = "greedy"
     needs: ClassVar[frozenset[Need]] = frozenset({"moments"})
+
+    @property
+    def tests(self) -> bool:  # type: ignore[override]
+        """Forward selection does."""
+        return self.form == "greedy"
+
+    @property
+    def needs_witnesses(self) -> bool:
+        """Only for the targets that readers do not hold; else they calibrate."""
+        return self.target != "readers"
 
     def __post_init__(self) -> None:
         if self.lags < 0:
             raise ValueError(f"Expected `lags` of at least 0, got {self.lags}.")
+        if self.target not in ("readers", "outputs", "labels", "losses"):
+            raise ValueError(
+                f'Expected `target` to be "readers", "outputs", "labels" or "losses", got {self.target!r}.'
+            )
+        if self.form not in ("greedy", "leave_one_out"):
+            raise ValueError(f'Expected `form` to be "greedy" or "leave_one_out", got {self.form!r}.')
+
+    @property
+    def witnesses(self) -> tuple[Witness, ...]:
+        return (Exchanged(),) if self.target == "readers" else (WithTargets(self.target, self.lags),)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        units = evidence.weights.shape[0]
-        selection = forward_selection([_regression(reading) for reading in evidence.readings], units)
+        heard, units = evidence.heard, evidence.weights.shape[0]
+        regressions = [self._regression(reading) for reading in heard]
+        live = torch.stack([reading.variance.sum(1).cpu() for reading in heard]).sum(0) > 0
+        if self.form == "leave_one_out":
+            return UnitScores(leave_one_out(regressions, units).where(live, 0.0))
+        selection = forward_selection(regressions, units)
         explained = selection.gains.cumsum(0)
         importance = torch.zeros(units, dtype=torch.float64)
         importance[selection.order] = (1 - (explained - selection.gains)).clamp_min(0)
-        dead = torch.stack([reading.variance.sum(1).cpu() for reading in evidence.readings]).sum(0) == 0
-        return UnitScores(importance.masked_fill(dead, 0.0))
+        calibration = self._calibrate(heard, regressions, selection, int(live.sum()))
+        log_p = _to_enter(selection, calibration, len(regressions[0].gram) // units)
+        return UnitScores(importance.where(live, 0.0), log_p, calibration)
+
+    def _regression(self, reading: Reading) -> Regression:
+        if self.target == "readers":
+            return _of_reader(reading)
+        return reading.gathered(WithTargets(self.target, self.lags)).result()  # type: ignore[no-any-return]
+
+    def _calibrate(
+        self, heard: tuple[Reading, ...], regressions: list[Regression], selection: ForwardSelection, live: int
+    ) -> Calibration:
+        units = len(selection.order)
+        rows = min(
+            float(r.moments.count) if self.target == "readers" else float(r.gathered(self.witnesses[0]).count)
+            for r in heard
+        )
+        exchanged = [r for r in heard if Exchanged() in r.told and float(r.told[Exchanged()].count) > 2]
+        by_chance = torch.zeros(units, dtype=torch.float64)
+        inflation = 1.0
+        if exchanged:
+            null = [_of_others(reading) for reading in exchanged]
+            by_chance = forward_selection(null, units).gains.cumsum(0).clamp_max(1)
+            counts = [float(reading.told[Exchanged()].count) for reading in exchanged]
+            f = [_single(regression, n, units) for regression, n in zip(null, counts, strict=True)]
+            inflation = max(1.0, float(torch.stack(f).mean()))
+        return Calibration(
+            rows=rows,
+            units=units,
+            live=live,
+            variance=sum(regression.variance for regression in regressions),
+            explained=selection.gains.cumsum(0).clamp_max(1),
+            by_chance=by_chance,
+            inflation=inflation,
+        )
 
 
-def _regression(reading: Reading) -> Regression:
+def _of_reader(reading: Reading) -> Regression:
     """The reader's pre-activation is `weight' x`: its moments follow from those of x."""
     gram = reading.moments.covariance
     columns = reading.weight.shape[0]
@@ -54,6 +211,46 @@ def _regression(reading: Reading) -> Regression:
     cross = present @ weight
     variance = float((weight * cross.view(columns, -1, weight.shape[1])[:, 0]).sum())
     return Regression(gram, cross, variance)
+
+
+def _of_others(reading: Reading) -> Regression:
+    """What the reader computes of another item, on the units as they are now."""
+    gram, cross, _ = reading.told[Exchanged()].result()
+    weight = _few_targets(reading.weight.to(gram))
+    return Regression(gram, cross @ weight, float((weight * (gram @ weight)).sum()))
+
+
+def _single(regression: Regression, rows: float, units: int) -> Float[Tensor, "units"]:
+    """F of each unit alone, all targets together."""
+    width = len(regression.gram) // units
+    blocks = regression.gram.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    cross = regression.cross.view(units, width, -1)
+    identity = torch.eye(width, dtype=blocks.dtype, device=blocks.device)
+    damping = 1e-9 * blocks.diagonal(dim1=1, dim2=2).mean() + 1e-300
+    explained = (cross * torch.linalg.solve(blocks + damping * identity, cross)).sum((1, 2))
+    share = (explained / max(regression.variance, 1e-300)).clamp(0, 1 - 1e-12)
+    f: Tensor = share / width / ((1 - share) / max(rows - width - 1, 1.0))
+    return f.cpu()
+
+
+def _to_enter(selection: ForwardSelection, calibration: Calibration, width: int) -> Float[Tensor, "units"]:
+    """Logarithms of p of what each unit added when it was chosen."""
+    units = len(selection.order)
+    gains, left = selection.gains, (1 - selection.gains.cumsum(0)).clamp_min(NOTHING)
+    degrees = calibration.rows - width * torch.arange(1, units + 1, dtype=torch.float64) - 1
+    testable = (degrees >= 1) & (gains > NOTHING)
+    f = gains / width / (left / degrees.clamp_min(1)) / calibration.inflation
+    tested = f_log_sf(torch.where(testable, f, 0.0), torch.full_like(f, width), degrees.clamp_min(1))
+    log_p = torch.zeros(units, dtype=torch.float64)
+    log_p[selection.order] = torch.where(testable, tested, 0.0)
+    return log_p
+
+
+def _padded(tensor: Tensor, shape: Any) -> Tensor:
+    """With zeros behind, along every axis."""
+    padded = tensor.new_zeros(tuple(shape))
+    padded[tuple(slice(0, size) for size in tensor.shape)] = tensor
+    return padded
 
 
 def _few_targets(weight: Float[Tensor, "columns targets"]) -> Float[Tensor, "columns fewer"]:

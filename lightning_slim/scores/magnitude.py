@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_slim.scores.base import Evidence, Score, UnitScores
+from lightning_slim.scores.base import Evidence, Reduction, Score, UnitScores, check_reduction, reduced
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,19 @@ class Magnitude(Score):
 
     Attributes:
         p: 1 or 2, or any other positive norm.
+        reduction: what is made of the norms in coupled tensors: their `"mean"`, `"max"` or `"sum"`; None takes one
+            norm over all of them.
     """
 
     p: float = 2.0
+    reduction: Reduction | None = None
 
     def __post_init__(self) -> None:
         if self.p <= 0:
             raise ValueError(f"Expected a positive norm `p`, got {self.p}.")
+        if self.reduction is not None:
+            check_reduction(self.reduction)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        return UnitScores(evidence.weights.detach().double().norm(p=self.p, dim=1).cpu())
+        parts = (evidence.weights.detach(),) if self.reduction is None else evidence.parts
+        return UnitScores(reduced([part.double().norm(p=self.p, dim=1) for part in parts], self.reduction or "sum"))

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 
 
 @dataclass(frozen=True)
 class Taylor(Score):
-    """How much the loss would change without the unit, to first order: `mean (sum w * dL/dw) ** 2`.
+    """How much the loss would change without the unit, to first order, over the weights `w` that make it.
 
-    The sum runs over the weights that make a unit, so it is the derivative by a gate behind it; its square is averaged
-    over recorded steps (Molchanov et al., 2019, equation 8).
+    Both forms are averaged over recorded steps (Molchanov et al., 2019).
+
+    Attributes:
+        of: `"gate"`: `(sum w * dL/dw) ** 2`, the squared derivative by a gate behind the unit (equation 8 there);
+            `"weights"`: `sum |w * dL/dw|`, in which effects of single weights do not cancel.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"saliency"})
+    of: Literal["gate", "weights"] = "gate"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("gate", "weights"):
+            raise ValueError(f'Expected `of` to be "gate" or "weights", got {self.of!r}.')
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """The one effect."""
+        return frozenset({"saliency" if self.of == "gate" else "sensitivity"})
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        assert evidence.saliency is not None
-        return UnitScores(evidence.saliency.double().cpu())
+        (effect,) = self.needs
+        return UnitScores(evidence.effects[effect].double().cpu())

@@ -15,11 +15,14 @@ from lightning_slim.statistics.contingency import Contingency, quantile_edges
 from lightning_slim.statistics.correlation import Correlation, MultilabelAnova
 from lightning_slim.statistics.distributions import chi2_log_sf, f_log_sf
 from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin, DumitrescuHurlinTest
+from lightning_slim.statistics.frequency import Frequency
 from lightning_slim.statistics.granger import ForwardSelection, Regression, forward_selection
 from lightning_slim.statistics.information import MutualInformation, mutual_information
+from lightning_slim.statistics.joint import JointMoments
 from lightning_slim.statistics.kruskal import KruskalWallis, kruskal_wallis
 from lightning_slim.statistics.lag_order import LagOrder, Stationarity, common_lag_order, stationarity
 from lightning_slim.statistics.least_squares import Image, least_squares_image
+from lightning_slim.statistics.leave_one_out import leave_one_out
 from lightning_slim.statistics.moments import Moments, merged
 from lightning_slim.statistics.multiple_testing import adjusted_log_p, adjusted_p
 from lightning_slim.statistics.panel import PanelGranger, PanelTest
@@ -43,8 +46,10 @@ __all__ = [
     "DumitrescuHurlin",
     "DumitrescuHurlinTest",
     "ForwardSelection",
+    "Frequency",
     "GrangerTest",
     "Image",
+    "JointMoments",
     "KruskalWallis",
     "LagOrder",
     "Moments",
@@ -73,6 +78,7 @@ __all__ = [
     "granger_test",
     "kruskal_wallis",
     "least_squares_image",
+    "leave_one_out",
     "leave_one_out_test",
     "merged",
     "mutual_information",

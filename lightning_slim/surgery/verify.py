@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,8 +17,9 @@ from lightning_slim.surgery.cut import remove_units, restore
 from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.ties import untied
-from lightning_slim.units import MIN_UNITS, Plan, Span, UnitGroup, renumber
-from lightning_slim.weight_norm import editing, settle, stored
+from lightning_slim.surgery.unread import unread
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, renumber
+from lightning_slim.weight_norm import settle
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
 
@@ -175,7 +176,7 @@ def _compare_units(
     modes: Mapping[nn.Module, bool],
 ) -> str:
     read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
-    with _unmixed(model), untied(model, read), _unread(model, groups, plan):
+    with _unmixed(model), untied(model, read), unread(model, groups, plan):
         before = _outputs(model, calls)
         trains = any(modes.values()) and _runs(model, calls, modes)
     cuts = remove_units(model, groups, plan)
@@ -281,35 +282,6 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-@torch.no_grad()
-def _unread(model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> Iterator[None]:
-    """Zeroes the columns that read the removed units, for the time being."""
-    spans = [(span, plan[g.name]) for g in groups if g.name in plan for span in g.spans if span.role == "in"]
-    undo: list[Callable[[], object]] = []
-    try:
-        for span, keep in spans:
-            at = span.index[~keep].flatten()
-            undo.append(_saved(model, span, at))
-            with editing(model, span.tensor) as weight:
-                weight.index_fill_(span.axis, at.to(weight.device), 0)
-        yield
-    finally:
-        for put_back in reversed(undo):  # what two spans share was zero already when the second came
-            put_back()
-
-
-def _saved(model: nn.Module, span: Span, at: Int[Tensor, "columns"]) -> Callable[[], object]:
-    """Remembers the columns of a weight; what it returns puts them back to the bit."""
-    tensors = stored(model, span.tensor)
-    if len(tensors) > 1:  # a direction and its lengths
-        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        return lambda: [tensor.copy_(value) for tensor, value in saved]
-    weight, at = tensors[0], at.to(tensors[0].device)
-    columns = weight.index_select(span.axis, at)
-    return lambda: weight.index_copy_(span.axis, at, columns)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_slim.scores import Evidence, GeometricMedian, Granger, Magnitude, Random, Reading, Score, Taylor
-from lightning_slim.statistics import Moments
+from lightning_slim.scores.base import EFFECTS
+from lightning_slim.statistics import JointMoments, Moments
+from lightning_slim.witness import Gathered, Witness
 
 SCORES = Score.__subclasses__()
 UNITS = 8
-REFUSED = {(GeometricMedian, "blocks")}  # with an error that says so
+# With an error that says so.
+REFUSED = [(kind, "blocks") for kind in SCORES if kind is GeometricMedian or kind().needs_witnesses]
 KINDS = ["channels", "heads", "blocks"]  # what the units are
 SCORED = [(kind, units) for kind in SCORES for units in KINDS if (kind, units) not in REFUSED]
 
@@ -26,21 +30,52 @@ def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Eviden
     x = torch.randn(200, UNITS, width, generator=generator)
     x = torch.einsum("rvc,vu->ruc", x, torch.randn(UNITS, UNITS, generator=generator))
     weights = torch.randn(UNITS, 5 * width, generator=generator)
-    saliency, information = torch.rand(2, UNITS, generator=generator)
+    effects = dict(zip(sorted(EFFECTS), torch.rand(4, UNITS, generator=generator), strict=True))
+    gone = (torch.rand(300, UNITS, generator=generator) < 0.1).double()
     made = None if kind == "blocks" else torch.randn(UNITS, 7, generator=generator)
     scales = torch.rand(UNITS, 0 if kind == "blocks" else 2, generator=generator)
     if dead:
-        x[:, 3], weights[3], saliency[3], information[3], scales[3] = 0, 0, 0, 0, 0
+        x[:, 3], weights[3], scales[3], gone[:, 3] = 0, 0, 0, 0
+        effects = {name: effect.index_fill(0, torch.tensor(3), 0) for name, effect in effects.items()}
         if made is not None:
             made[3] = 0
     if kind == "heads":
         weight = weights.view(UNITS * width, 5)
-        readings = (Reading(streamed(x.flatten(1)), weight, width), Reading(streamed(x[:, :, 0]), weights))
+        readings = (
+            Reading(streamed(x.flatten(1)), weight, width, told(score, x.flatten(1))),
+            Reading(streamed(x[:, :, 0]), weights, told=told(score, x[:, :, 0])),
+        )
     else:
         lags = 0 if kind == "blocks" else score.lags
         past = torch.stack([x[:, :, 0].roll(lag, 0) for lag in range(lags + 1)], -1).flatten(1)
-        readings = (Reading(streamed(past), torch.ones(UNITS, 1) if kind == "blocks" else weights),)
-    return Evidence(weights, readings, saliency, information, made, scales, generator=torch.Generator().manual_seed(2))
+        if kind == "blocks":
+            readings = (Reading(streamed(past), torch.ones(UNITS, 1)),)
+        else:
+            readings = (Reading(streamed(past), weights, told=told(score, x[:, :, 0])),)
+    gates = JointMoments(UNITS, 1)
+    gates.update(gone, gone.sum(1, keepdim=True) + 0.1 * torch.randn(300, 1, generator=generator))
+    draws = torch.Generator().manual_seed(2)
+    return Evidence(weights, readings, effects, made, scales, generator=draws, gates=gates)
+
+
+def told(score: Score, x: Tensor) -> dict[Witness, Gathered]:
+    """What the score's witnesses gather of twenty items of ten steps each: the first half is positive, and so on."""
+    items = x.relu().view(20, 10, -1)
+    known = {
+        "labels": (torch.arange(20) >= 10).long(),
+        "outputs": items[:, :, :2].roll(1, 1) + items.sum(2, keepdim=True),
+        "losses": items.sum((1, 2)),
+        None: None,
+    }
+    gathered = {}
+    for witness in score.witnesses:
+        held = witness.hold(items)
+        gathered[witness] = witness.add(None, held, known[witness.known])
+        for shift in range(1, 60):
+            if not witness.enough(gathered[witness]):
+                held = witness.hold(items.roll(shift, 0)[:10])
+                gathered[witness] = witness.add(gathered[witness], held, items.roll(shift, 0)[:10].sum((1, 2)))
+    return gathered
 
 
 def streamed(rows: Tensor) -> Moments:
@@ -57,10 +92,16 @@ def permuted(given: Evidence, order: Tensor) -> Evidence:
         width = len(moments.total) // UNITS
         moments.keep((order[:, None] * width + torch.arange(width)).flatten())
         weight = reading.weight.view(UNITS, reading.channels, -1)[order].flatten(0, 1)
-        return Reading(moments, weight, reading.channels)
+        seen = copy.deepcopy(reading.told)
+        for gathered in seen.values():
+            gathered.keep((order[:, None] * reading.channels + torch.arange(reading.channels)).flatten())
+        return Reading(moments, weight, reading.channels, seen)
 
     tensors = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     moved = {name: value[order] for name, value in tensors.items() if isinstance(value, Tensor)}
+    moved["effects"] = {name: effect[order] for name, effect in given.effects.items()}
+    moved["gates"] = copy.deepcopy(given.gates)
+    moved["gates"].keep(order)
     return dataclasses.replace(given, readings=tuple(map(of, given.readings)), **moved)
 
 
@@ -118,7 +159,7 @@ def test_magnitude_by_hand() -> None:
 
 
 def test_taylor_is_the_recorded_saliency() -> None:
-    given = Evidence(torch.ones(2, 1), saliency=torch.tensor([0.25, 0.5]))
+    given = Evidence(torch.ones(2, 1), effects={"saliency": torch.tensor([0.25, 0.5])})
     assert Taylor()(given).importance.tolist() == [0.25, 0.5]
 
 

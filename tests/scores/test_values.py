@@ -129,14 +129,14 @@ def test_batch_norm_scale_is_the_mean_over_norms_and_magnitude_where_there_are_n
 
 
 def test_fisher_is_the_recorded_information() -> None:
-    given = Evidence(torch.ones(2, 1), information=torch.tensor([0.25, 0.5]))
+    given = Evidence(torch.ones(2, 1), effects={"information": torch.tensor([0.25, 0.5])})
     assert Fisher()(given).importance.tolist() == [0.25, 0.5]
 
 
 def test_combined_is_the_weighted_mean_of_ranks() -> None:
     given = Evidence(
         torch.tensor([[3.0], [1.0], [0.0], [1.0], [9.0]]),  # ranks 3, 1, 0, 1, 4 of 4
-        saliency=torch.tensor([0.0, 5.0, 1.0, 2.0, 7.0]),  # ranks 0, 3, 1, 2, 4 of 4
+        effects={"saliency": torch.tensor([0.0, 5.0, 1.0, 2.0, 7.0])},  # ranks 0, 3, 1, 2, 4 of 4
     )
     both = Combined((Magnitude(), Taylor()))(given).importance
     assert both.tolist() == [3 / 8, 4 / 8, 1 / 8, 3 / 8, 1.0]

@@ -1,0 +1,5 @@
+"""Gathers what scores need while the network trains."""
+
+from lightning_slim.recording.recorder import Effect, Recorder
+
+__all__ = ["Effect", "Recorder"]

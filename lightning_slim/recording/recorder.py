@@ -1,0 +1,375 @@
+"""Forward hooks that gather evidence while the network trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lightning_slim.eager import eagerly
+from lightning_slim.recording.experiments import Losses, ablate, gate
+from lightning_slim.recording.hooks import Watch, WatchBlocks, WatchRecurrent
+from lightning_slim.recording.rows import items_at, rows_at
+from lightning_slim.statistics import JointMoments, Moments, Pivoted
+from lightning_slim.surgery.layers.multihead import module_by_module
+from lightning_slim.units import Reader, UnitGroup, gradients, parameters_of, rows
+from lightning_slim.witness import Gathered, Known, Witness
+
+# Rows of one batch, for each column: a convolution has a row for every pixel, many more than second moments need.
+ROWS_PER_COLUMN = 4
+MIN_ROWS = 1024
+
+Effect = Literal["saliency", "information", "sensitivity", "ablation"]
+Experiment = Literal["ablation", "gates"]
+
+# What becomes of the effects of a unit's weights, one unit a row, in one step.
+OF_UNITS: dict[Effect, Callable[[Tensor], Tensor]] = {
+    "saliency": lambda effects: effects.sum(1).square(),
+    "information": lambda effects: effects.square().sum(1),
+    "sensitivity": lambda effects: effects.abs().sum(1),
+}
+
+
+class _Held(NamedTuple):
+    """What a witness holds of one arrival until the step is over."""
+
+    witness: Witness
+    group: str
+    slot: int
+    units: Tensor
+
+
+class Recorder:
+    """Streams what scores need: how units arrive at their readers, and their effects on the loss.
+
+    Args:
+        model: the module that `groups` were found in.
+        groups: all groups that will be scored.
+        lags: past steps beside the present, where units arrive as series.
+        moments: whether to stream moments.
+        effects: which effects on the loss to stream: `"saliency"`, the squared first-order effect of each unit,
+            `"information"` and `"sensitivity"`, the sums of the squared and of the absolute effects of its weights, or
+            `"ablation"`, what the loss is more without the unit.
+        gates: whether to gate units at random; see `experiment`.
+        witnesses: what else looks on where units arrive.
+        memory: how much of the past still counts one recorded step later: the weights move, old evidence fades.
+        seed: of random gates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        lags: int = 0,
+        moments: bool = True,
+        effects: Collection[Effect] = (),
+        gates: bool = False,
+        witnesses: Collection[Witness] = (),
+        memory: float = 0.95,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.groups = list(groups)
+        self.lags, self.memory = lags, memory
+        self.wants_moments, self.wants_gates = moments, gates
+        # One entry for each reader; of blocks, one for all.
+        self.moments: dict[str, list[Moments | None]] = {
+            g.name: [None] * (1 if g.blocks else len(g.readers)) for g in groups
+        }
+        self.gathered: dict[Witness, dict[str, list[Gathered | None]]] = {
+            witness: {g.name: [None] * len(g.readers) for g in groups if not g.blocks} for witness in witnesses
+        }
+        # Effect -> group -> decayed sum over steps.
+        self.effects: dict[Effect, dict[str, Tensor]] = {effect: {} for effect in effects}
+        self.steps: dict[Effect, dict[str, float]] = {effect: {} for effect in effects}  # decayed numbers of steps
+        self.gates: dict[str, JointMoments] = {}  # group -> which units were gated, and what the loss was more then
+        self.known: frozenset[Known] = frozenset(w.known for w in self.gathered if w.known is not None)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._held: list[_Held] = []
+
+    @property
+    def experiments(self) -> bool:
+        """Whether `experiment` has something to find out."""
+        return self.wants_gates or "ablation" in self.effects
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything that is wanted was recorded."""
+        seen = all(m is not None for group in self.moments.values() for m in group)
+        told = all(
+            gathered is not None and witness.enough(gathered)
+            for witness, of_groups in self.gathered.items()
+            for group in of_groups.values()
+            for gathered in group
+        )
+        tried = not self.wants_gates or self.gates.keys() == self.moments.keys()
+        return (
+            (seen or not self.wants_moments)
+            and told
+            and tried
+            and all(of_groups.keys() == self.moments.keys() for of_groups in self.effects.values())
+        )
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Every forward pass of the model within is recorded, as one step."""
+        self._fade()
+        self._held.clear()
+        handles = []
+        recurrent: dict[nn.RNNBase, list[tuple[str, int, Reader]]] = {}
+        if self.wants_moments or self.gathered:
+            for group in self.groups:
+                for slot, reader in enumerate(group.readers):
+                    layer = self.model.get_submodule(reader.layer)
+                    if isinstance(layer, nn.RNNBase):
+                        recurrent.setdefault(layer, []).append((group.name, slot, reader))
+                        continue
+                    hook = Watch(self, group.name, slot, reader)
+                    handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                together = WatchBlocks(self, group.name, group.blocks)
+                for path in group.blocks:
+                    block = self.model.get_submodule(path)
+                    handles.append(block.register_forward_hook(together.of(path), with_kwargs=True))
+        for layer, readers in recurrent.items():
+            handles.append(layer.register_forward_pre_hook(WatchRecurrent(self, readers), with_kwargs=True))
+        try:
+            with eagerly(), module_by_module(self.model):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def hear(self, **known: Any) -> None:
+        """What became known in the step that was recorded last; nothing need be said if no witness asks.
+
+        Args:
+            **known: for each item of the batch: `labels`, a tensor; `outputs`, a tensor or dict of network ->
+                tensor; `losses`, a tensor.
+
+        Raises:
+            ValueError: what a witness asks for is missing, or is not there once for each item.
+        """
+        held, self._held = self._held, []
+        for each in held:
+            if known.get(each.witness.known or "") is None:
+                raise ValueError(
+                    f"Expected {each.witness.known} of the step that was recorded, got none: "
+                    f"{type(each.witness).__name__} compares units with them. Pass them to `recorder.hear`."
+                )
+            self._add(each, known[each.witness.known or ""])
+
+    @torch.inference_mode(False)
+    def experiment(self, losses: Losses) -> None:
+        """Tries units out: what becomes of a batch's losses without them.
+
+        Args:
+            losses: computes the losses of one batch, one an item, and the same each time but for what is changed here.
+        """
+        if "ablation" in self.effects:
+            for name, more in ablate(self.model, self.groups, losses).items():
+                self._observe("ablation", name, more)
+        if self.wants_gates:
+            for name, (gone, more) in gate(self.model, self.groups, losses, self.generator).items():
+                if name not in self.gates:
+                    self.gates[name] = JointMoments(gone.shape[1], 1, device=gone.device)
+                self.gates[name].update(gone, more[:, None])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
+        """Adds what one reader was given to the moments."""
+        for witness in self.gathered:
+            arrived = items_at(inputs.detach(), reader, self._width(reader))
+            held = _Held(witness, name, slot, witness.hold(arrived))
+            if witness.known is None:
+                self._add(held, None)
+            else:
+                self._held.append(held)
+        if not self.wants_moments:
+            return
+        units = reader.span.index.shape[0]
+        moments = self.moments[name][slot]
+        lags = self.lags if moments is None else len(moments.total) // units - 1
+        table = rows_at(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
+        if table is None:
+            return
+        enough = max(MIN_ROWS, ROWS_PER_COLUMN * table.shape[1] * table.shape[2])
+        table = table[:: -(-len(table) // enough)]
+        if moments is None:
+            moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
+        with torch.autocast(inputs.device.type, enabled=False):  # a forward pass in bfloat16 would compute them so, too
+            moments.update(table.flatten(1))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe_blocks(self, name: str, updates: Sequence[Tensor]) -> None:
+        """Adds what every block adds to its input: one column a block, a row for every sample, step and channel."""
+        moments = self.moments[name][0]
+        if moments is None:
+            moments = self.moments[name][0] = Moments(len(updates), updates[0].device)
+        enough = max(MIN_ROWS, ROWS_PER_COLUMN * len(updates))
+        stride = -(-updates[0].numel() // enough)
+        with torch.autocast(updates[0].device.type, enabled=False):
+            moments.update(torch.stack([update.flatten()[::stride].float() for update in updates], 1))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Adds the effects of every unit's weights, `weight * gradient`; call it when gradients are whole and unscaled.
+
+        Args:
+            parameters: whose gradients are whole now (those of one of several optimizers); all, if None.
+        """
+        mine = None if parameters is None else {id(p) for p in parameters}
+        of_gradients = [effect for effect in self.effects if effect in OF_UNITS]
+        for group in self.groups:
+            if mine is not None and not any(id(p) in mine for p in parameters_of(self.model, group)):
+                continue
+            effects = rows(self.model, group).float() * gradients(self.model, group).float()
+            for name in of_gradients:
+                self._observe(name, group.name, OF_UNITS[name](effects))
+
+    def synchronise(self, average: Callable[[Tensor], Tensor], agree: Callable[[Any], Any]) -> None:
+        """Lets every rank know what all of them recorded: sums become their mean over ranks.
+
+        Args:
+            average: the mean of a tensor over ranks.
+            agree: what rank 0 says.
+
+        Raises:
+            ValueError: ranks saw different numbers of classes or targets.
+        """
+        for moments in (m for group in self.moments.values() for m in group if m is not None):
+            moments.load_state_dict({key: average(value) for key, value in moments.state_dict().items()})
+        for of_groups in self.effects.values():
+            of_groups.update({name: average(value) for name, value in of_groups.items()})
+        for gathered in self._all_gathered():
+            shapes = {name: list(tensor.shape) for name, tensor in gathered.state_dict().items()}
+            if shapes != agree(shapes):
+                raise ValueError(f"Expected the same shapes on all ranks, got {shapes}: some saw fewer classes.")
+            if isinstance(gathered, Pivoted):
+                gathered.move_pivots(agree(gathered.pivots))
+            for tensor in gathered.sums.values():
+                tensor.copy_(average(tensor))
+
+    def mean(self, effect: Effect, group: str) -> Float[Tensor, "units"]:
+        """An effect of each unit of a group: mean over recorded steps, recent ones weighing more."""
+        return self.effects[effect][group] / self.steps[effect][group]
+
+    def told(self, group: str, slot: int) -> dict[Witness, Gathered]:
+        """What every witness gathered at one reader of a group."""
+        seen = {witness: of_groups[group][slot] for witness, of_groups in self.gathered.items() if group in of_groups}
+        return {witness: gathered for witness, gathered in seen.items() if gathered is not None}
+
+    def keep(self, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> None:
+        """Follows a cut: evidence of the units that stay is kept, of the others dropped."""
+        left = {group.name: group for group in groups}
+        by_group: list[dict[str, Any]] = [*self.effects.values(), *self.steps.values(), self.gates]
+        by_reader: list[dict[str, list[Any]]] = [self.moments, *self.gathered.values()]
+        for group in self.groups:
+            if group.name not in left:
+                for of_groups in (*by_group, *by_reader):
+                    of_groups.pop(group.name, None)
+            elif not group.blocks:
+                stand = {(reader.layer, reader.span.tensor) for reader in left[group.name].readers}
+                for of_readers in by_reader:
+                    seen = zip(of_readers[group.name], group.readers, strict=True)
+                    of_readers[group.name] = [m for m, r in seen if (r.layer, r.span.tensor) in stand]
+        self.groups = list(groups)
+        for name, mask in ((name, mask) for name, mask in plan.items() if name in left):
+            for moments in self.moments[name]:
+                if moments is not None:
+                    moments.keep(_columns(mask, len(moments.total)))
+            for of_readers in self.gathered.values():
+                for gathered, reader in zip(of_readers.get(name, ()), left[name].readers, strict=False):
+                    if gathered is not None:
+                        channels = reader.span.index.shape[1] if reader.joint else 1
+                        gathered.keep(_columns(mask, len(mask) * channels))
+            if name in self.gates:
+                self.gates[name].keep(mask.nonzero().flatten())
+            for of_groups in self.effects.values():
+                if name in of_groups:
+                    of_groups[name] = of_groups[name][mask.to(of_groups[name].device)]
+
+    def _add(self, held: _Held, known: Any) -> None:
+        at_readers = self.gathered[held.witness][held.group]
+        if isinstance(known, Mapping):
+            network = max((name for name in known if f"{held.group}.".startswith(name and f"{name}.")), key=len)
+            known = known[network]
+        with torch.autocast(held.units.device.type, enabled=False):
+            at_readers[held.slot] = held.witness.add(at_readers[held.slot], held.units, known)
+
+    def _observe(self, effect: Effect, group: str, new: Float[Tensor, "units"]) -> None:
+        """Adds one step's effects to those of a group."""
+        past, steps = self.effects[effect].get(group), self.steps[effect].get(group, 0.0)
+        self.effects[effect][group] = new if past is None else self.memory * past + new
+        self.steps[effect][group] = self.memory * steps + 1
+
+    def _fade(self) -> None:
+        for moments in (m for group in self.moments.values() for m in group if m is not None):
+            moments.decay(self.memory)
+        for gathered in self._all_gathered():
+            for tensor in gathered.sums.values():
+                tensor.mul_(self.memory)
+
+    def _all_gathered(self) -> list[Gathered]:
+        at_readers = [g for of in self.gathered.values() for group in of.values() for g in group if g is not None]
+        return [*at_readers, *self.gates.values()]
+
+    def _width(self, reader: Reader) -> int:
+        """Columns of the reader's weight: a chunk of a grouped convolution's input."""
+        weight = self.model.get_parameter(reader.span.tensor)
+        return weight.shape[reader.span.axis]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data only."""
+        return {
+            "moments": {name: [_state(m) for m in group] for name, group in self.moments.items()},
+            "effects": {name: dict(of_groups) for name, of_groups in self.effects.items()},
+            "steps": copy.deepcopy(self.steps),
+            "gates": {name: gates.state_dict() for name, gates in self.gates.items()},
+            "gathered": [
+                {name: [_state(g) for g in group] for name, group in of_groups.items()}
+                for of_groups in self.gathered.values()
+            ],
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name, group in state["moments"].items():
+            self.moments[name] = [_loaded(Moments(0, device), values) for values in group]
+        for (witness, of_groups), values in zip(self.gathered.items(), state["gathered"], strict=False):
+            of_groups.update(
+                {name: [v and _loaded(witness.blank(v), v) for v in group] for name, group in values.items()}
+            )
+        self.gates = {name: _loaded(JointMoments(0, 1), values) for name, values in state["gates"].items()}
+        for effect, of_effect in self.effects.items():
+            of_effect.update({group: v.to(device) for group, v in state["effects"].get(effect, {}).items()})
+            self.steps[effect] = dict(state["steps"].get(effect, {}))
+        self.generator.set_state(state["generator"].cpu())
+
+
+def _state(gathered: Moments | Gathered | None) -> dict[str, Tensor] | None:
+    return None if gathered is None else gathered.state_dict()
+
+
+def _loaded(blank: Any, state: Mapping[str, Tensor] | None) -> Any:
+    """One that was empty, with a state; None if there is none."""
+    if state is None:
+        return None
+    blank.load_state_dict(state)
+    return blank
+
+
+def _columns(keep: Bool[Tensor, "units"], columns: int) -> Int[Tensor, "kept"]:
+    """The columns of the units that stay."""
+    return keep.repeat_interleave(columns // len(keep)).nonzero().flatten()
