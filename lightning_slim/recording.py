@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_slim.eager import eagerly
+from lightning_slim.patches import patches
 from lightning_slim.statistics import Moments, with_lags
 from lightning_slim.surgery.layers.multihead import module_by_module
 from lightning_slim.surgery.layers.recurrent import heard
@@ -108,12 +109,17 @@ class Recorder:
         """Adds what one reader was given to the moments."""
         units = reader.span.index.shape[0]
         moments = self.moments[name][slot]
-        lags = self.lags if moments is None else len(moments.total) // units - 1
-        table = _rows(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
-        if table is None:
-            return
-        enough = max(MIN_ROWS, ROWS_PER_COLUMN * table.shape[1] * table.shape[2])
-        table = table[:: -(-len(table) // enough)]
+        if reader.patches:
+            taps = self.model.get_parameter(reader.span.tensor).shape[2:].numel()
+            enough = _enough(reader.span.index.numel() * taps)
+            table = patches(self.model.get_submodule(reader.layer), inputs.detach(), reader.span.index, enough)
+        else:
+            lags = self.lags if moments is None else len(moments.total) // units - 1
+            everything = _rows(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
+            if everything is None:
+                return
+            enough = _enough(everything.shape[1] * everything.shape[2])
+            table = everything[:: -(-len(everything) // enough)]
         if moments is None:
             moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
         with torch.autocast(inputs.device.type, enabled=False):  # a forward pass in bfloat16 would compute them so, too
@@ -262,6 +268,11 @@ class _WatchBlocks:
                 self.updates.clear()
 
         return hook
+
+
+def _enough(columns: int) -> int:
+    """Rows of one batch for as many columns."""
+    return max(MIN_ROWS, ROWS_PER_COLUMN * columns)
 
 
 def _rows(

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "costs": {"units"},
     "budgets": {"costs"},
     "selection": {"budgets", "costs", "units"},
-    "recording": {"eager", "statistics", "surgery", "units"},
+    "patches": {"units"},
+    "recording": {"eager", "patches", "statistics", "surgery", "units"},
     "surgery": {"costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
     "folding": {"statistics", "surgery", "units"},
@@ -33,8 +34,8 @@ MAY_IMPORT = {
     "report": {"profile", "surgery", "weight_norm"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "pruner": {
-        "budgets", "candidates", "costs", "folding", "history", "profile", "recording", "schedules", "scores",
-        "selection", "skipping", "statistics", "surgery", "units", "weight_norm",
+        "budgets", "candidates", "costs", "folding", "history", "patches", "profile", "recording", "schedules",
+        "scores", "selection", "skipping", "statistics", "surgery", "units", "weight_norm",
     },
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report",
