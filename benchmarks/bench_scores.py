@@ -3,7 +3,7 @@
     python benchmarks/bench_scores.py --seeds 5 --remaining 0.1
 
 Every arm starts from the same weights and sees the same batches, seed by seed; the dense model is trained as long.
-`none` and `fold` are `compensate="none"` and `compensate="least_squares"`.
+`none`, `fold` and `exact` are `compensate="none"`, `"least_squares"` and `"exact"`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     seeds = range(args.seeds)
     print(f"{'dense':24s}{summary([train(None, s, args.epochs, args.channels) for s in seeds])}", flush=True)
     for name, score in SCORES.items():
-        for compensate, label in (("none", "none"), ("least_squares", "fold")):
+        for compensate, label in (("none", "none"), ("least_squares", "fold"), ("exact", "exact")):
             results = []
             for seed in seeds:
                 prune = Prune(

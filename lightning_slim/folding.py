@@ -15,7 +15,7 @@ from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.ties import tied_names
 from lightning_slim.units import Plan, Reader, UnitGroup, named_tensors
 
-Compensate = Literal["none", "mean", "least_squares"]
+Compensate = Literal["none", "mean", "least_squares", "exact"]
 
 
 def fold_plan(
@@ -32,7 +32,8 @@ def fold_plan(
         groups: all groups of the model.
         plan: group -> which units stay.
         moments: group -> moments at each of its readers, None where nothing was seen.
-        compensate: `"least_squares"`: the image of removed units in those that stay; `"mean"`: their mean; `"none"`.
+        compensate: `"least_squares"`: the image of removed units in those that stay; `"exact"`: the same, of groups
+            whose readers tell taps apart (`with_patches`); `"mean"`: their mean; `"none"`.
     """
     for group in groups:
         if compensate != "none" and group.name in plan and not group.blocks:
@@ -63,7 +64,7 @@ def _fold_group(
                 reader = replace(reader, offset=None)
             # A tied weight is folded once. One that makes the units as it reads them, as that of a decoder tied to its
             # embedding, is not: it would make others.
-            weight_too = compensate == "least_squares" and (weight, reader.span.axis) not in making
+            weight_too = compensate != "mean" and (weight, reader.span.axis) not in making
             image = least_squares_image(everywhere, kept, gone, intercept=reader.offset is not None)
             share = image.weight.cpu() * weight_too
             mean = merged([at_reader for at_reader, _ in same]).mean.cpu()

@@ -20,6 +20,7 @@ from lightning_slim.costs import Costs
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
+from lightning_slim.patches import with_patches
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Need, Reading, Score, UnitScores
@@ -73,8 +74,8 @@ class Pruner:
         selection: which units go, given their importance.
         module: dotted name of the only part that may be cut; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
-        compensate: what becomes of the removed units: `"least_squares"` folds them into those that stay, `"mean"` puts
-            their mean in their place, `"none"` drops them.
+        compensate: what becomes of the removed units: `"least_squares"` folds them into those that stay, `"exact"`
+            folds convolutions tap by tap (see `Prune`), `"mean"` puts their mean in their place, `"none"` drops them.
         verify: whether to try every group alone before the first cut, and to compare each cut with the network in which
             nothing reads the removed units; what differs is left whole. A cut right after a resume comes before there
             is a call to compare with, and goes by the trial that began the run.
@@ -115,8 +116,8 @@ class Pruner:
     ) -> None:
         if granularity not in ("units", "layers", "both"):
             raise ValueError(f'Expected `granularity` to be "units", "layers" or "both", got {granularity!r}.')
-        if compensate not in ("none", "mean", "least_squares"):
-            raise ValueError(f'Expected `compensate` to be "none", "mean" or "least_squares", got {compensate!r}.')
+        if compensate not in get_args(Compensate):
+            raise ValueError(f"Expected `compensate` to be one of {get_args(Compensate)}, got {compensate!r}.")
         if protect_significant is not None and not 0 < protect_significant < 1:
             raise ValueError(f"Expected `protect_significant` between 0 and 1, got {protect_significant}.")
         self.alpha = budget.alpha if isinstance(budget, Significant) else protect_significant
@@ -178,6 +179,8 @@ class Pruner:
                 f"Expected units that pass a normalisation with a scale, got none in {type(self.model).__name__}, so "
                 f"{type(self.score).__name__} has nothing to go by: choose another score, such as `Magnitude()`."
             )
+        if self.compensate == "exact":
+            groups = [with_patches(self.model, group) for group in groups]
         costs = Costs.of(self.model, groups, find_work(self.model, calls))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
@@ -503,6 +506,9 @@ class Pruner:
 def _reading(moments: Moments, reader: Reader, tensor: Tensor, told: Mapping[Witness, Gathered]) -> Reading:
     weight = columns(tensor, reader.span)
     channels = reader.span.index.shape[1] if reader.joint else 1
+    if reader.patches:  # of one unit: channels, outputs, taps
+        weight = weight.view(len(weight), channels, -1, tensor.shape[2:].numel()).mT
+        channels *= weight.shape[2]
     return Reading(moments, weight.reshape(len(weight) * channels, -1), channels, told)
 
 

@@ -54,6 +54,7 @@ class Reader:
             batch normalisation that follows it (which is subtracted); None if there is neither.
         joint: whether the positions of a unit are variables of their own, as the channels of a head are, and not
             repetitions of one, as pixels are.
+        patches: whether the taps of a convolution's kernel are such positions, too (`joint` is True then).
     """
 
     layer: str
@@ -62,6 +63,7 @@ class Reader:
     chunks: int = 1
     offset: str | None = None
     joint: bool = False
+    patches: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "costs": {"units"},
     "budgets": {"costs"},
     "selection": {"budgets", "costs", "units"},
-    "recording": {"eager", "statistics", "surgery", "units", "witness"},
+    "patches": {"units"},
+    "recording": {"eager", "patches", "statistics", "surgery", "units", "witness"},
     "surgery": {"costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
     "folding": {"statistics", "surgery", "units"},
@@ -36,8 +37,8 @@ MAY_IMPORT = {
     "report": {"profile", "surgery", "weight_norm"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "pruner": {
-        "budgets", "candidates", "costs", "folding", "guards", "history", "profile", "recording", "schedules", "scores",
-        "selection", "skipping", "statistics", "surgery", "units", "weight_norm", "witness",
+        "budgets", "candidates", "costs", "folding", "guards", "history", "patches", "profile", "recording",
+        "schedules", "scores", "selection", "skipping", "statistics", "surgery", "units", "weight_norm", "witness",
     },
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "losses",

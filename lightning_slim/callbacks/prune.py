@@ -52,7 +52,12 @@ class Prune(SlimCallback):
         module: dotted name of the only part of the model that may be cut, such as `"backbone"`; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         compensate: `"least_squares"` folds the removed units into those that stay, `"mean"` puts their mean in their
-            place, `"none"` drops them.
+            place, `"none"` drops them. `"exact"` is `"least_squares"`, but at convolutions of one group that are not
+            transposed every tap of the kernel is a variable of its own, padding included: what neighbouring pixels know
+            of a lost channel is used, by scores of activations as well, and lags are not, for the taps are the past.
+            Its moments take `8 (channels taps)²` bytes a reader, in checkpoints, too; readers of more than 4608
+            channels times taps (512 x 3 x 3: 170 MB) are folded as by `"least_squares"`. A resumed run keeps the form
+            that it was recorded in.
         recalibrate_bn: whether batch norms measure their running statistics anew in the rest of the epoch after a cut.
         verify: whether every group is tried before the first cut, and every cut before it is made.
         recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch).

@@ -12,10 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_slim.eager import eagerly
+from lightning_slim.patches import patches
 from lightning_slim.recording.experiments import Losses, ablate, gate
 from lightning_slim.recording.hooks import Watch, WatchBlocks, WatchRecurrent
 from lightning_slim.recording.rows import items_at, rows_at
-from lightning_slim.statistics import JointMoments, Moments, Pivoted
+from lightning_slim.statistics import JointMoments, Moments, Pivoted, thinned
 from lightning_slim.surgery.layers.multihead import module_by_module
 from lightning_slim.units import Reader, UnitGroup, gradients, parameters_of, rows
 from lightning_slim.witness import Gathered, Known, Witness
@@ -196,12 +197,16 @@ class Recorder:
             return
         units = reader.span.index.shape[0]
         moments = self.moments[name][slot]
-        lags = self.lags if moments is None else len(moments.total) // units - 1
-        table = rows_at(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
-        if table is None:
-            return
-        enough = max(MIN_ROWS, ROWS_PER_COLUMN * table.shape[1] * table.shape[2])
-        table = table[:: -(-len(table) // enough)]
+        if reader.patches:
+            taps = self.model.get_parameter(reader.span.tensor).shape[2:].numel()
+            enough = _enough(reader.span.index.numel() * taps)
+            table = patches(self.model.get_submodule(reader.layer), inputs.detach(), reader.span.index, enough)
+        else:
+            lags = self.lags if moments is None else len(moments.total) // units - 1
+            everything = rows_at(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
+            if everything is None:
+                return
+            table = thinned(everything, _enough(everything.shape[1] * everything.shape[2]))
         if moments is None:
             moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
         with torch.autocast(inputs.device.type, enabled=False):  # a forward pass in bfloat16 would compute them so, too
@@ -214,10 +219,9 @@ class Recorder:
         moments = self.moments[name][0]
         if moments is None:
             moments = self.moments[name][0] = Moments(len(updates), updates[0].device)
-        enough = max(MIN_ROWS, ROWS_PER_COLUMN * len(updates))
-        stride = -(-updates[0].numel() // enough)
+        table = torch.stack([thinned(update.flatten(), _enough(len(updates))).float() for update in updates], 1)
         with torch.autocast(updates[0].device.type, enabled=False):
-            moments.update(torch.stack([update.flatten()[::stride].float() for update in updates], 1))
+            moments.update(table)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -356,6 +360,11 @@ class Recorder:
             of_effect.update({group: v.to(device) for group, v in state["effects"].get(effect, {}).items()})
             self.steps[effect] = dict(state["steps"].get(effect, {}))
         self.generator.set_state(state["generator"].cpu())
+
+
+def _enough(columns: int) -> int:
+    """Rows of one batch for as many columns."""
+    return max(MIN_ROWS, ROWS_PER_COLUMN * columns)
 
 
 def _state(gathered: Moments | Gathered | None) -> dict[str, Tensor] | None:

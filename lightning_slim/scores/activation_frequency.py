@@ -52,5 +52,6 @@ class ActivationFrequency(Score):
         return (Activity(),)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        shares = [r.gathered(Activity()).result()[0].view(-1, r.channels).mean(1) for r in evidence.heard]
+        units = len(evidence.weights)
+        shares = [reading.gathered(Activity()).result()[0].view(units, -1).mean(1) for reading in evidence.heard]
         return UnitScores(reduced(shares, self.reduction))

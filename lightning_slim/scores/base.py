@@ -29,7 +29,7 @@ class Reading(NamedTuple):
         moments: of the units as they arrive there; with lags, the columns of unit `u` are its present and its past.
         weight: by which the layer multiplies each unit; several positions of a unit are several targets.
         channels: of one unit, where these are variables of their own: the columns of `moments` are all of them, without
-            a past, and so are the rows of `weight`.
+            a past, and so are the rows of `weight`. Taps of a kernel may count as channels, too.
         told: what witnesses gathered there.
     """
 

@@ -136,11 +136,12 @@ class BivariateGranger(Score):
         return (Sequences(self.lags) if self.axis == "sequence" else Steps(self.lags),)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        tests = [self._test(reading.gathered(self.witnesses[0])) for reading in evidence.heard]
+        units = len(evidence.weights)
         effects, log_p = [], []
-        for reading, (effect, p) in zip(evidence.heard, tests, strict=True):
-            effects.append(effect.mean(0).view(-1, reading.channels).mean(1))
-            log_p.append(p.view(len(p), -1, reading.channels).movedim(1, 0).flatten(1))
+        for reading in evidence.heard:
+            effect, p = self._test(reading.gathered(self.witnesses[0]))
+            effects.append(effect.mean(0).view(units, -1).mean(1))
+            log_p.append(p.view(len(p), units, -1).movedim(1, 0).flatten(1))
         tested = torch.cat(log_p, 1)
         smallest = tested.min(1).values + math.log(tested.shape[1])
         return UnitScores(torch.stack(effects).mean(0).clamp_min(0).cpu(), smallest.clamp_max(0).cpu())

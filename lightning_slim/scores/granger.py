@@ -18,6 +18,7 @@ from lightning_slim.statistics import (
     f_log_sf,
     forward_selection,
     leave_one_out,
+    thinned,
     with_lags,
 )
 from lightning_slim.statistics.labels import as_targets
@@ -53,9 +54,7 @@ class Exchanged(Witness):
         gathered = gathered or OfOthers(columns, columns, device=held.device)
         enough = max(ENOUGH_ROWS, 4 * columns)
         if len(held) > 1 and gathered.count < enough:  # once is enough, until it has faded
-            others = held.roll(1, 0)
-            stride = -(-held.shape[0] * held.shape[1] // enough)
-            gathered.update(held.flatten(0, 1)[::stride], others.flatten(0, 1)[::stride])
+            gathered.update(*(thinned(units.flatten(0, 1), enough) for units in (held, held.roll(1, 0))))
         return gathered
 
     def blank(self, state: Mapping[str, Tensor]) -> OfOthers:
@@ -216,7 +215,7 @@ def _of_reader(reading: Reading) -> Regression:
 def _of_others(reading: Reading) -> Regression:
     """What the reader computes of another item, on the units as they are now."""
     gram, cross, _ = reading.told[Exchanged()].result()
-    weight = _few_targets(reading.weight.to(gram))
+    weight = _few_targets(reading.weight.to(gram).reshape(len(gram), -1))  # taps of a kernel are targets here
     return Regression(gram, cross @ weight, float((weight * (gram @ weight)).sum()))
 
 

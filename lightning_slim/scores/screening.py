@@ -143,11 +143,13 @@ class Screening(Score):
 
     def _effect(self, reading: Reading) -> Float[Tensor, "units channels"]:
         effect: Tensor = reading.gathered(ByClass(self.statistic)).result().effect
-        return effect.view(-1, effect.shape[-1]).mean(0).view(-1, reading.channels)
+        of_units = effect.view(-1, effect.shape[-1]).mean(0).view(len(reading.weight) // reading.channels, -1)
+        return of_units.repeat_interleave(reading.channels // of_units.shape[1], 1)  # taps of a kernel read the same
 
     def _log_p(self, reading: Reading) -> Float[Tensor, "units"]:
         of_columns: Tensor = reading.gathered(ByClass(self.statistic)).result().log_p
-        tests = of_columns.view(-1, of_columns.shape[-1] // reading.channels, reading.channels).movedim(1, 0).flatten(1)
+        units = len(reading.weight) // reading.channels
+        tests = of_columns.view(-1, units, of_columns.shape[-1] // units).movedim(1, 0).flatten(1)
         return (tests.min(1).values + math.log(tests.shape[1])).clamp_max(0).cpu()
 
 

@@ -29,7 +29,7 @@ from lightning_slim.statistics.panel import PanelGranger, PanelTest
 from lightning_slim.statistics.panel_rows import PanelDesign, distinct_rows
 from lightning_slim.statistics.preprocessing import differences, over_rolling_rms
 from lightning_slim.statistics.screening import Screening
-from lightning_slim.statistics.series import with_lags
+from lightning_slim.statistics.series import thinned, with_lags
 from lightning_slim.statistics.spectral import BivariateVAR, SpectralCausality, fit_var, spectral_causality
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
 
@@ -87,5 +87,6 @@ __all__ = [
     "ridge_leave_one_out",
     "spectral_causality",
     "stationarity",
+    "thinned",
     "with_lags",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,3 +28,19 @@ def with_lags(series: Float[Tensor, "items steps units"], lags: int) -> Float[Te
         )
     columns = [series[:, lags - lag : steps - lag] for lag in range(lags + 1)]
     return torch.stack(columns, dim=-1).flatten(0, 1)
+
+
+def thinned(rows: Float[Tensor, "rows *columns"], enough: int) -> Float[Tensor, "fewer *columns"]:
+    """At most so many rows, evenly spread.
+
+    The step between them shares no factor with their number, so that none of the sizes that rows are made of (images,
+    lines, pixels) comes round with it: of images 32 wide, a step of 16 would see two columns only.
+
+    Example:
+        >>> thinned(torch.arange(8.0), enough=4).tolist()
+        [0.0, 3.0, 6.0]
+    """
+    step = -(-len(rows) // enough)
+    while step > 1 and math.gcd(step, len(rows)) > 1:
+        step += 1
+    return rows[::step]

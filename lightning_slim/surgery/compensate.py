@@ -22,7 +22,9 @@ def fold(
 
     With `W` the reader's columns: `W_kept += W_removed weight'` at every kernel position and every position of a unit,
     and `W_removed constant` goes to the reader's bias, or is taken from the `running_mean` of the batch normalisation
-    behind it. Exact for linearly dependent units; at zero-padded borders the constant is not.
+    behind it. Exact for linearly dependent units; at zero-padded borders the constant is not. Of a joint reader the
+    rows and columns of the image are all positions of all units; of one of patches, all taps of all positions, and
+    the fold is the least-squares refit of the convolution, `W_kept + S_kk^-1 S_kr W_removed` over unfolded patches.
 
     Args:
         model: the module to change; the removed columns are left for the cut.
@@ -38,15 +40,21 @@ def fold(
     tensors = named_tensors(model)
     device = tensors[reader.span.tensor].device
     index, keep = reader.span.index.to(device), keep.to(device)
+    if reader.patches:  # counted over channels and taps
+        taps = tensors[reader.span.tensor].shape[2:].numel()
+        index = (index.unsqueeze(-1) * taps + torch.arange(taps, device=device)).flatten(1)
     if reader.joint:  # every position is a variable of its own
         index, keep = index.reshape(-1, 1), keep.repeat_interleave(index.shape[1])
     undo = [(tensor, tensor.clone()) for tensor in stored(model, reader.span.tensor)]
     with editing(model, reader.span.tensor) as matrix:
         columns = matrix.movedim(reader.span.axis, 0)  # a view
-        gone = columns[index[~keep]]  # removed, width, ...
+        if reader.patches:
+            columns = columns.movedim(1, -1)  # channels, taps, outputs: still one
+        positions = columns.shape[:-1] if reader.patches else columns.shape[:1]
+        kept, removed = (torch.unravel_index(index[of], positions) for of in (keep, ~keep))
+        gone = columns[removed]  # removed, width, ...
         if weight_too:
-            share = torch.tensordot(weight.to(columns), gone, dims=1)
-            columns.index_put_((index[keep],), share, accumulate=True)
+            columns.index_put_(kept, torch.tensordot(weight.to(columns), gone, dims=1), accumulate=True)
     if reader.offset is not None:
         offset = tensors[reader.offset]
         undo.append((offset, offset.clone()))
