@@ -153,7 +153,9 @@ class Recorder:
     def synchronise(self, average: Callable[[Tensor], Tensor]) -> None:
         """Lets every rank know what all of them recorded: sums become their mean over ranks."""
         for moments in (m for group in self.moments.values() for m in group if m is not None):
-            moments.load_state_dict({key: average(value) for key, value in moments.state_dict().items()})
+            moments.move_pivots({name: average(pivot) for name, pivot in moments.pivots.items()})
+            for sums in moments.sums.values():
+                sums.copy_(average(sums))
         for of_groups in self.effects.values():
             of_groups.update({name: average(value) for name, value in of_groups.items()})
 

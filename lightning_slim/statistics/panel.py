@@ -174,16 +174,16 @@ class PanelGranger(Accumulator):
         )
 
     def _add(self, world: int, rows: Rows) -> None:
-        items, steps, lags, units = rows.units.shape
-        columns = rows.units.reshape(items * steps, lags, units)
-        answers = rows.targets.reshape(items * steps, -1)
+        lags, units = rows.units.shape[2:]
+        columns = rows.units.flatten(0, 1)
+        answers = rows.targets.flatten(0, 1).flatten(1)
         for i in range(lags):
             for j in range(i, lags):
                 product = torch.linalg.vecdot(columns[:, i], columns[:, j], dim=0)
                 self.unit_moments[world, rows.at, i, j] += product
                 if i != j:
                     self.unit_moments[world, rows.at, j, i] += product
-        cross = columns.reshape(items * steps, -1).T @ answers
+        cross = columns.flatten(1).T @ answers
         self.cross_moments[world, rows.at] += cross.view(lags, units, *self.cross_moments.shape[3:]).transpose(0, 1)
         if rows.at.start == 0:
             self.target_moments[world] += torch.einsum("brkc,brkd->kcd", rows.targets, rows.targets)

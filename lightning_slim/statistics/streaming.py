@@ -59,8 +59,9 @@ class Accumulator(ABC):
             ValueError: the other stream is of another statistic, or of other units, classes or targets.
         """
         self._check(other)
+        theirs = other.sums
         for name, mine in self.sums.items():
-            setattr(self, name, mine + getattr(other, name).to(mine))
+            mine += theirs[name].to(mine)
 
     def keep(self, units: Int[Tensor, "kept"]) -> None:
         """Drops all other units: the statistic is that of a stream that never had them."""
@@ -71,7 +72,7 @@ class Accumulator(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors only."""
-        return {name: getattr(self, name) for name in self._tensors()}
+        return {**self.sums, **{name: getattr(self, name) for name in self._tensors() if name not in self.SUMS}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`, of any number of units."""
@@ -84,13 +85,17 @@ class Accumulator(ABC):
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def _accept(self, values: Tensor, last: Tensor, what: str) -> Tensor:
-        """Values as float64 on the right device, if there are as many as the tensor `last` has on its last axis."""
+    def _expect(self, values: Tensor, last: Tensor, what: str) -> None:
+        """Refuses values unless there are as many as the tensor `last` has on its last axis."""
         if values.shape[-1] != last.shape[-1]:
             raise ValueError(
                 f"{type(self).__name__} was made for {last.shape[-1]} {what}, got {values.shape[-1]}: make a new one, "
                 f"or `keep` the units that are left."
             )
+
+    def _accept(self, values: Tensor, last: Tensor, what: str) -> Tensor:
+        """Values as float64 on the right device, if there are as many as expected."""
+        self._expect(values, last, what)
         return values.detach().to(self.device, torch.float64)
 
     def _check(self, other: Accumulator) -> None:
