@@ -30,10 +30,12 @@ class Accumulator(ABC):
     Attributes:
         SUMS: the tensors that add, each with the axis along which its units lie, or None.
         FIXED: likewise the tensors that stay as they are and must be equal in streams that merge.
+        SETTINGS: names of what else must be equal in them, such as lags.
     """
 
     SUMS: ClassVar[Mapping[str, int | None]]
     FIXED: ClassVar[Mapping[str, int | None]] = {}
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         # MPS has no float64: there the sums are kept on the CPU.
@@ -103,6 +105,12 @@ class Accumulator(ABC):
             raise ValueError(
                 f"Only streams of one statistic merge: expected {type(self).__name__}, got {type(other).__name__}."
             )
+        for name in self.SETTINGS:
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"Streams merge when they have one {name}: expected {getattr(self, name)}, "
+                    f"got {getattr(other, name)}."
+                )
         for name in self._tensors():
             mine, theirs = (getattr(stream, name) for stream in (self, other))
             if mine.shape != theirs.shape:

@@ -8,6 +8,7 @@ import torch
 
 from lightning_slim.statistics.clustered import ClusteredPanel
 from lightning_slim.statistics.panel import PanelGranger
+from lightning_slim.statistics.panel_rows import PanelDesign
 from tests.statistics.test_panel import TARGETS, UNITS, batch, ols, ragged
 from tests.statistics.worlds import null_world, randn
 
@@ -17,7 +18,7 @@ from tests.statistics.worlds import null_world, randn
 @pytest.mark.parametrize("make", [batch, ragged])
 def test_equals_statsmodels_with_clusters(make, lags: int, own: int, first: int, warm: int, center: str) -> None:
     batches = [make() for _ in range(5)]
-    panel = ClusteredPanel(UNITS, TARGETS, lags, own, first_lag=first, warm_up=warm, center=center)
+    panel = ClusteredPanel(UNITS, TARGETS, PanelDesign(lags, own, first, warm, center))
     for units, targets, mask, resets in batches:
         panel.update(units, targets, mask=mask, resets=resets)
     got = panel.result()
@@ -58,7 +59,7 @@ def test_scale_does_not_matter(scale: float) -> None:
 
 def test_units_go_in_blocks_of_bounded_memory(monkeypatch) -> None:
     units, targets, mask, resets = ragged()
-    one, other = ClusteredPanel(UNITS, TARGETS, 2), ClusteredPanel(UNITS, TARGETS, 2)
+    one, other = (ClusteredPanel(UNITS, TARGETS, PanelDesign(2)) for _ in range(2))
     one.update(units, targets, mask=mask, resets=resets)
     monkeypatch.setattr("lightning_slim.statistics.clustered.BLOCK", 1)
     other.update(units, targets, mask=mask, resets=resets)
@@ -68,7 +69,7 @@ def test_units_go_in_blocks_of_bounded_memory(monkeypatch) -> None:
 def rejections(make: type, kind: str, steps: int, repeats: int) -> float:
     found = []
     for _ in range(repeats):
-        panel = make(32, 1, lags=2)
+        panel = make(32, 1, PanelDesign(lags=2))
         for _ in range(4):
             panel.update(*null_world(kind, 64, steps, 32))
         found.append((panel.result().p_value < 0.05).double().mean())

@@ -12,6 +12,7 @@ from scipy import stats
 
 from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin
 from lightning_slim.statistics.panel import PanelGranger
+from lightning_slim.statistics.panel_rows import PanelDesign
 from tests.statistics.worlds import null_world, randn
 
 
@@ -20,7 +21,7 @@ def test_equals_the_papers_formula_on_regressions_item_by_item(lags: int) -> Non
     lengths = [25, 14, 19, 25, 8 + 2 * lags]
     units, targets = randn(5, 25, 2) + 7, randn(5, 25, 1)
     targets[:, 1:] += 0.5 * units[:, :-1, :1]
-    test = DumitrescuHurlin(2, 1, lags, nulls=0)
+    test = DumitrescuHurlin(2, 1, PanelDesign(lags), nulls=0)
     test.update(units[:3], targets[:3], torch.tensor(lengths[:3]))
     test.update(units[3:], targets[3:], torch.tensor(lengths[3:]))
     got = test.result()

@@ -22,6 +22,7 @@ from lightning_slim.statistics.information import MutualInformation
 from lightning_slim.statistics.kruskal import KruskalWallis
 from lightning_slim.statistics.moments import Moments
 from lightning_slim.statistics.panel import PanelGranger
+from lightning_slim.statistics.panel_rows import PanelDesign
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
 
 UNITS, CLASSES, BATCHES, ROWS = 6, 4, 6, 20
@@ -64,7 +65,7 @@ CASES = {
     MultilabelAnova: Case(lambda units: MultilabelAnova(3, len(units)), lambda: (values(), torch.rand(ROWS, 3) > 0.5)),
     MutualInformation: Case(lambda units: MutualInformation(EDGES[units], CLASSES), lambda: (values(), labels())),
     Moments: Case(lambda units: Moments(len(units)), lambda: (values(),)),
-    PanelGranger: Case(lambda units: PanelGranger(len(units), 2, lags=2), sequences, whole=False),
+    PanelGranger: Case(lambda units: PanelGranger(len(units), 2, PanelDesign(lags=2)), sequences, whole=False),
     ClusteredPanel: Case(lambda units: ClusteredPanel(len(units), 2), sequences, whole=False),
     DumitrescuHurlin: Case(lambda units: DumitrescuHurlin(len(units), 2), sequences, whole=False),
     KruskalWallis: Case(lambda units: KruskalWallis(EDGES[units], CLASSES), lambda: (values(), labels())),
