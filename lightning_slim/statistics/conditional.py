@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_slim.statistics.bivariate import LARGEST, PERFECT, check_series, standardised
+from lightning_slim.statistics.distributions import f_log_sf
 from lightning_slim.statistics.orthonormal import RANK_TOLERANCE, orthonormalised
-from lightning_slim.statistics.tails import f_log_sf
+from lightning_slim.statistics.own_past import PERFECT
+from lightning_slim.statistics.series import LARGEST, check_series, standardised
 
 COLLINEAR = 1e-6  # of a direction's sum of squares, left by all others: less adds nothing
 JITTER = 1e-8  # on the unit diagonal, only where pivots are that small
