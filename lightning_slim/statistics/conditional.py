@@ -89,7 +89,8 @@ def leave_one_out_test(
 
     A lag that is collinear with the others adds nothing (1e-6 of its sum of squares must be left), the degrees of
     freedom follow, and where nothing is left, as for a dead series or exact copies, effect is 0 and p 1; the other
-    tests are then exact to about 1e-6.
+    tests are then exact to about 1e-6. As of any regression on the past, p is too small near a unit root: of 20 AR(1)
+    series with memory 0.9 it rejects 9 % in 512 steps. Take differences of such series.
 
     Memory: `8 * (2 * rows * series * lags + 3 * (series * lags) ** 2)` bytes.
 

@@ -45,7 +45,8 @@ class PanelGranger(Accumulator):
 
     Each target at step `t` is regressed on its own `own_lags` and on a unit's `lags`, pooled over all items; the F test
     compares the regression with and without the unit. The regression sees centred columns (see `PanelDesign`), lags
-    that never cross from one item, or one side of a reset, to another, and no padding. Only moments are kept.
+    that never cross from one item, or one side of a reset, to another, and no padding. Only moments are kept: `F` has
+    some `16 + log10(1 - partial_r2)` digits.
 
     F supposes that rows are independent. Sequences that share what is not modelled make it too large, so it is
     calibrated (as in genomic control, Devlin and Roeder 1999): beside the true pairs, `nulls` streams pair units with

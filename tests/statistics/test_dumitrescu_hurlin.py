@@ -13,7 +13,7 @@ from scipy import stats
 from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin
 from lightning_slim.statistics.panel import PanelGranger
 from lightning_slim.statistics.panel_rows import PanelDesign
-from tests.statistics.worlds import null_world, randn
+from tests.statistics.worlds import null_pairs, null_world, randn
 
 
 @pytest.mark.parametrize("lags", [1, 2])
@@ -71,6 +71,13 @@ def rejections(steps: int, **options) -> float:
             test.update(*null_world("independent", 64, steps, 32))
         found.append((test.result().p_value < 0.05).double().mean())
     return float(torch.stack(found).mean())
+
+
+def test_of_many_pairs_of_long_series_one_in_twenty_is_rejected() -> None:
+    test = DumitrescuHurlin(40, 40)
+    for _ in range(2):
+        test.update(*null_pairs("independent", 32, 120, 40))
+    assert 0.03 <= (test.result().p_value < 0.05).double().mean() <= 0.07
 
 
 @pytest.mark.slow

@@ -13,7 +13,15 @@ from torch import Tensor
 from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin
 from lightning_slim.statistics.panel import PanelGranger
 from lightning_slim.statistics.panel_rows import PanelDesign, distinct_rows, whole_past
-from tests.statistics.worlds import auc, autoregressive, null_world, planted_inputs, planted_recurrent, randn
+from tests.statistics.worlds import (
+    auc,
+    autoregressive,
+    null_pairs,
+    null_world,
+    planted_inputs,
+    planted_recurrent,
+    randn,
+)
 
 ITEMS, STEPS, UNITS, TARGETS = 7, 14, 3, 2
 
@@ -199,12 +207,21 @@ def rejections(kind: str, steps: int, repeats: int, nulls: int = 1, center: str 
     return float(torch.stack(found).mean())
 
 
+@pytest.mark.parametrize("kind", ["independent", "feedback"])
+def test_of_many_pairs_without_a_cause_one_in_twenty_is_rejected(kind: str) -> None:
+    for nulls in (0, 1):
+        panel = PanelGranger(60, 60, PanelDesign(lags=2), nulls=nulls)
+        for _ in range(4):
+            panel.update(*null_pairs(kind, 64, 16, 60))
+        assert 0.03 <= (panel.result().p_value < 0.05).double().mean() <= 0.07
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, 32])
 @pytest.mark.parametrize("kind", ["independent", "echo", "feedback", "profile"])
 def test_where_nothing_causes_one_in_twenty_is_rejected(kind: str, steps: int) -> None:
     assert 0.03 <= rejections(kind, steps, 40, nulls=0) <= 0.07
-    assert 0.02 <= rejections(kind, steps, 40) <= 0.07  # calibration only ever makes F smaller
+    assert 0.03 <= rejections(kind, steps, 40) <= 0.07  # calibration only ever makes F smaller
 
 
 def test_the_means_of_items_would_find_causes_where_there_are_none() -> None:
@@ -218,7 +235,7 @@ def test_calibration_repairs_dependence_within_sequences_that_is_not_modelled() 
     """Two waves of one period go together within a sequence, though phases have nothing in common: F is too large."""
     raw = rejections("waves", 24, 40, nulls=0)
     assert raw > 0.1
-    assert 0.02 <= rejections("waves", 24, 40) <= 0.07
+    assert 0.03 <= rejections("waves", 24, 40) <= 0.07
 
 
 @pytest.mark.slow
@@ -235,7 +252,7 @@ def test_overlapping_windows_count_once(stride: int) -> None:
         distinct = distinct_rows(starts, 32, panel.design.past)
         repaired.append((panel.result(distinct).p_value < 0.05).double().mean())
     assert float(torch.stack(raw).mean()) > 0.1
-    assert 0.03 <= float(torch.stack(repaired).mean()) <= 0.075
+    assert 0.03 <= float(torch.stack(repaired).mean()) <= 0.07
 
 
 @pytest.mark.slow
@@ -264,15 +281,15 @@ def test_states_of_trained_networks_and_outputs_of_other_items_are_no_cause() ->
                 panel.update(x, y)
             rates.append((panel.result().p_value < 0.05).double().mean())
     assert torch.stack(raw).mean() > 0.1
-    assert 0.02 <= torch.stack(calibrated).mean() <= 0.08
+    assert 0.03 <= torch.stack(calibrated).mean() <= 0.07
 
 
-def planted_aucs(make, items: int, steps: int, repeats: int) -> tuple[float, float, float]:
+def planted_aucs(make, items: int, steps: int, lags: int, repeats: int) -> tuple[float, float, float]:
     """AUC of causes against the rest, of causes and copies against the rest, and the share of echoes rejected."""
     aucs = []
     for _ in range(repeats):
         units, y, roles = make(items, steps)
-        panel = PanelGranger(units.shape[-1], 1, PanelDesign(lags=2))
+        panel = PanelGranger(units.shape[-1], 1, PanelDesign(lags))
         for x, target in zip(units.split(32), y.split(32), strict=True):
             panel.update(x, target)
         got = panel.result()
@@ -284,14 +301,18 @@ def planted_aucs(make, items: int, steps: int, repeats: int) -> tuple[float, flo
 
 
 def test_planted_causes_are_recovered() -> None:
-    causes, useful, echoes = planted_aucs(planted_recurrent, 32, 24, 10)
+    """Copies of strong causes come before weak causes, which bounds the first: 0.895 over 40 systems, 0.909 with
+    sixteen times the data. The standard error of the mean over 40 is 0.003.
+    """
+    causes, useful, echoes = planted_aucs(planted_recurrent, 32, 24, 1, 40)
     assert causes >= 0.88
     assert useful >= 0.95
     assert echoes <= 0.15
 
 
 def test_planted_input_series_are_recovered() -> None:
-    causes, useful, echoes = planted_aucs(planted_inputs, 128, 40, 8)
+    """0.907 over 20 systems, with a standard error of 0.002."""
+    causes, useful, echoes = planted_aucs(planted_inputs, 128, 40, 2, 20)
     assert causes >= 0.90
     assert useful >= 0.97
     assert echoes <= 0.15
