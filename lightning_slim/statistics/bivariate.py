@@ -45,6 +45,7 @@ class GrangerTest:
         df_num: lags of the series that add to the target's own past; 0 for a dead or collinear series.
         df_denom: rows less columns of the larger regression.
         rows: number of rows of each regression.
+        robust: whether `f` is by HC3.
     """
 
     f: Float[Tensor, "targets series"]
@@ -56,6 +57,7 @@ class GrangerTest:
     df_num: Int[Tensor, "targets series"]
     df_denom: Int[Tensor, "targets series"]
     rows: int
+    robust: bool
 
     @property
     def p(self) -> Float[Tensor, "targets series"]:
@@ -70,6 +72,8 @@ class GrangerTest:
     @property
     def ssr_ftest(self) -> Tested:
         """F of the two residual sums of squares, never robust."""
+        if not self.robust:
+            return self.params_ftest
         f = _f(self._odds, self.df_num, self.df_denom)
         log_p = f_log_sf(f, self.df_num, self.df_denom)
         return Tested(f, log_p.exp(), log_p)
@@ -128,7 +132,7 @@ def granger_test(
         own_lags: steps of the target's past; as many as `lags` unless given.
         robust: `"hc3"` allows the residuals' variance to change. It looks at every row of every pair, and is some 50
             times slower. A pair with a row that no other row can predict (leverage 1) has F 0 and p 1.
-        chunk_bytes: working memory; 16 MiB on the CPU, near the size of its cache, and 256 MiB elsewhere.
+        chunk_bytes: working memory; 10 MiB on the CPU, near the size of its cache, and 256 MiB elsewhere.
 
     Raises:
         ValueError: too few steps, numbers of lags below 1, series of other lengths, or values that are not finite.
@@ -142,7 +146,7 @@ def granger_test(
     """
     own_lags = lags if own_lags is None else own_lags
     check_series(series, targets, lags, own_lags)
-    chunk_bytes = chunk_bytes or (1 << 24 if series.device.type == "cpu" else 1 << 28)
+    chunk_bytes = chunk_bytes or (10 << 20 if series.device.type == "cpu" else 1 << 28)
     targets = targets.to(series.device)
     blocks = [
         _block(series, block, lags, own_lags, robust == "hc3", chunk_bytes)
@@ -151,7 +155,7 @@ def granger_test(
     f, effect, partial_r2, rss_both, df_num, df_denom, rss_own = (torch.cat(part) for part in zip(*blocks, strict=True))
     log_p = f_log_sf(f, df_num, df_denom)
     rows = len(series) - max(lags, own_lags)
-    return GrangerTest(f, log_p, effect, partial_r2, rss_own, rss_both, df_num, df_denom, rows)
+    return GrangerTest(f, log_p, effect, partial_r2, rss_own, rss_both, df_num, df_denom, rows, robust == "hc3")
 
 
 def _block(
@@ -213,7 +217,7 @@ def _from_products(causes: Tensor, own: OwnPast, shifted: Shifted) -> tuple[Tens
     lags = shifted.lags
     products = shifted.products(causes)  # targets own_lags2 lags series
     projected = (own.transform @ products.flatten(2)).view(products.shape)
-    known, cross = projected[:, :-1].unbind(1), projected[:, -1]
+    known, cross = projected[:, :-1], projected[:, -1]
     gram = own_products(causes, lags, shifted.skip)
 
     # Cholesky, elementwise over all pairs at once: LAPACK would be called for each.
@@ -224,10 +228,8 @@ def _from_products(causes: Tensor, own: OwnPast, shifted: Shifted) -> tuple[Tens
     certainty = torch.ones_like(explained)
     for i in range(lags):
         row: list[Tensor] = []
-        for j in range(i + 1):
-            entry = gram[i, j].expand_as(explained).clone()
-            for projection in known:
-                entry.addcmul_(projection[:, i], projection[:, j], value=-1)
+        new = gram[i, : i + 1] - torch.linalg.vecdot(known[:, :, i, None], known[:, :, : i + 1], dim=1)
+        for j, entry in enumerate(new.unbind(1)):
             for left, right in zip(row, factor[j] if j < i else row, strict=False):
                 entry.addcmul_(left, right, value=-1)
             row.append(entry.mul_(factor[j][j]) if j < i else entry)

@@ -45,7 +45,8 @@ def own_past(values: Tensor, own_lags: int, skip: int) -> OwnPast:
     identity = torch.eye(own_lags + 1, dtype=triangle.dtype, device=triangle.device).expand(count, -1, -1)
     inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
     transform[:, :-1, :-1] = inverse
-    transform[:, :-1, -1] = -(inverse @ torch.einsum("irk,rk->ki", basis, past[0]).unsqueeze(-1)).squeeze(-1)
+    along = (basis * past[0]).sum(1).T.unsqueeze(-1)
+    transform[:, :-1, -1] = -(inverse @ along).squeeze(-1)
     transform[:, -1, -1] = 1
     # The products come with the target's lags 0, 1, ... and the constant, the columns with the constant, lags 1, ...
     order = [own_lags + 1, *range(1, own_lags + 1), 0]
