@@ -45,8 +45,8 @@ class DumitrescuHurlin(Accumulator):
     With sequences as short as a network sees that formula finds causes where there are none: independent AR(0.7)
     series, 128 items, are rejected in 66 % of pairs at 16 steps and in 35 % at 48. So by default mean and variance are
     also measured, pair by pair, on `nulls` streams that pair units with the targets of other items of the batch, and
-    the statistic is the difference of true and wrong pairs: then in 6 to 8 %; in 3 to 5 % where units respond to the
-    target, and in 1 to 2 % where they echo it. For short sequences `PanelGranger` is the better test.
+    the statistic is the difference of true and wrong pairs: then in 6 to 9 %; in 3 to 5 % where units respond to the
+    target, and in 0.5 to 2 % where they echo it. For short sequences `PanelGranger` is the better test.
 
     Memory: `40 * (1 + nulls) * targets * units` bytes, and while a batch is added the moments of its items,
     `16 * items * units * (lags + own_lags + 1) ** 2` bytes, a target and a block of units at a time.
