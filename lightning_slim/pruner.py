@@ -319,6 +319,11 @@ class Pruner:
         scores = {}
         for group in (group for group in self.groups if group.name not in self.given_up):
             evidence = self._evidence(group)
+            if not all(bool(reading.moments.second.diagonal().isfinite().all()) for reading in evidence.readings):
+                raise ValueError(
+                    f"Expected finite activations, got NaN or infinity from {group.name}: the run has diverged, or an "
+                    "input was not finite. Lower the learning rate, or mend the data."
+                )
             found = self._guarded(group, evidence, self.score(evidence))
             if found is None:
                 continue

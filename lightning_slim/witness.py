@@ -21,6 +21,9 @@ class Gathered(Protocol):
     def sums(self) -> dict[str, Tensor]:
         """The tensors that add over ranks, themselves and not copies."""
 
+    def decay(self, factor: float) -> None:
+        """Forgets: what was seen so far counts only `factor` times as much from now on."""
+
     def keep(self, units: Int[Tensor, "kept"]) -> None:
         """Drops all other units."""
 

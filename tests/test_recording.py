@@ -142,6 +142,30 @@ def test_ranks_agree_on_all_effects() -> None:
     torch.testing.assert_close(recorder.mean("information", "0"), 2 * information)
 
 
+def test_ranks_that_saw_different_levels_agree_on_the_moments_of_all_rows() -> None:
+    network, x = mlp()
+    groups = find_groups(network, x)
+    one, other, both = (Recorder(network, groups) for _ in range(3))
+    for recorder, inputs in ((one, x), (other, x + 50), (both, torch.cat([x, x + 50]))):
+        with recorder.recording():
+            network(inputs)
+    far = other.moments["0"][0]
+
+    def average(mine: torch.Tensor) -> torch.Tensor:
+        """Over two ranks, of which the other does as the first: pivots come first."""
+        if not far_sums:
+            mean = (mine + far.pivot) / 2
+            far.move_pivots({"pivot": mean})
+            far_sums.extend(far.sums.values())
+            return mean
+        return (mine + far_sums.pop(0)) / 2
+
+    far_sums: list[torch.Tensor] = []
+    one.synchronise(average, lambda value: value)
+    expected = both.moments["0"][0].covariance
+    torch.testing.assert_close(one.moments["0"][0].covariance, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_evidence_follows_a_cut() -> None:
     network, x = mlp()
     groups = find_groups(network, x)

@@ -119,7 +119,8 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Every forward pass of the model within is recorded, as one step."""
-        self._fade()
+        for stream in self._streams():
+            stream.decay(self.memory)
         self._held.clear()
         handles = []
         recurrent: dict[nn.RNNBase, list[tuple[str, int, Reader]]] = {}
@@ -250,18 +251,16 @@ class Recorder:
         Raises:
             ValueError: ranks saw different numbers of classes or targets.
         """
-        for moments in (m for group in self.moments.values() for m in group if m is not None):
-            moments.load_state_dict({key: average(value) for key, value in moments.state_dict().items()})
         for of_groups in self.effects.values():
             of_groups.update({name: average(value) for name, value in of_groups.items()})
-        for gathered in self._all_gathered():
-            shapes = {name: list(tensor.shape) for name, tensor in gathered.state_dict().items()}
+        for stream in self._streams():
+            shapes = {name: list(tensor.shape) for name, tensor in stream.state_dict().items()}
             if shapes != agree(shapes):
                 raise ValueError(f"Expected the same shapes on all ranks, got {shapes}: some saw fewer classes.")
-            if isinstance(gathered, Pivoted):
-                gathered.move_pivots(agree(gathered.pivots))
-            for tensor in gathered.sums.values():
-                tensor.copy_(average(tensor))
+            if isinstance(stream, Pivoted):
+                stream.move_pivots({name: average(pivot) for name, pivot in stream.pivots.items()})
+            for sums in stream.sums.values():
+                sums.copy_(average(sums))
 
     def mean(self, effect: Effect, group: str) -> Float[Tensor, "units"]:
         """An effect of each unit of a group: mean over recorded steps, recent ones weighing more."""
@@ -316,16 +315,11 @@ class Recorder:
         self.effects[effect][group] = new if past is None else self.memory * past + new
         self.steps[effect][group] = self.memory * steps + 1
 
-    def _fade(self) -> None:
-        for moments in (m for group in self.moments.values() for m in group if m is not None):
-            moments.decay(self.memory)
-        for gathered in self._all_gathered():
-            for tensor in gathered.sums.values():
-                tensor.mul_(self.memory)
-
-    def _all_gathered(self) -> list[Gathered]:
-        at_readers = [g for of in self.gathered.values() for group in of.values() for g in group if g is not None]
-        return [*at_readers, *self.gates.values()]
+    def _streams(self) -> list[Gathered]:
+        """All streaming statistics that there are."""
+        by_reader: list[dict[str, list[Any]]] = [self.moments, *self.gathered.values()]
+        at_readers = [seen for of_groups in by_reader for group in of_groups.values() for seen in group]
+        return [*(seen for seen in at_readers if seen is not None), *self.gates.values()]
 
     def _width(self, reader: Reader) -> int:
         """Columns of the reader's weight: a chunk of a grouped convolution's input."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
-from lightning_slim.statistics import PanelGranger, differences, granger_test
+from lightning_slim.statistics import PanelDesign, PanelGranger, differences, granger_test
 from lightning_slim.witness import Gathered, Known, Witness, check_items, in_full
 
 Axis = Literal["sequence", "training_step"]
@@ -36,12 +36,12 @@ class Sequences(Witness):
                 f"Expected outputs of (item, step, target) with {held.shape[1]} steps, as the units have, got "
                 f'{tuple(known.shape)}: choose `BivariateGranger(axis="training_step")`, or `Granger`.'
             )
-        gathered = gathered or PanelGranger(held.shape[2], known.shape[2], self.lags, device=held.device)
+        gathered = gathered or PanelGranger(held.shape[2], known.shape[2], PanelDesign(self.lags), device=held.device)
         gathered.update(held, known.detach())
         return gathered
 
     def blank(self, state: Mapping[str, Tensor]) -> PanelGranger:
-        return PanelGranger(0, 0, self.lags)
+        return PanelGranger(0, 0, PanelDesign(self.lags))
 
 
 class StepWindow:
@@ -62,6 +62,9 @@ class StepWindow:
     def sums(self) -> dict[str, Tensor]:
         """None: one rank's steps are those of rank 0."""
         return {}
+
+    def decay(self, factor: float) -> None:
+        """Nothing fades within the window."""
 
     def append(self, units: Float[Tensor, "units"], loss: Float[Tensor, ""]) -> None:
         """Adds a step; the oldest is forgotten."""

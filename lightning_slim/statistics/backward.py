@@ -30,7 +30,8 @@ def backward_elimination(regressions: Sequence[Regression], units: int, keep: in
 
     With `M` the inverse of the Gram matrix of the units that are left and `b` the coefficients, unit `i` takes
     `b_i' M_ii^-1 b_i` of the explained variance along; `M` and `b` are then updated by its block. Losses of several
-    regressions are averaged. Of several copies all but one go first, where leave-one-out tests would let all go.
+    regressions are averaged. Of several copies all but one go first, where leave-one-out tests would let all go; where
+    less than 1e-6 of a column is left by others, 1e-6 is added to the unit diagonal, and losses are those of a ridge.
 
     Costs `O(removed * (units * width)^2 * width)`, in float64, and `8 * 2 * (units * width)^2` bytes for each
     regression. `forward_selection` is much faster where few units stay, and as good.

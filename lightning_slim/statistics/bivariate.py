@@ -10,15 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_slim.statistics.distributions import chi2_log_sf, f_log_sf
 from lightning_slim.statistics.lagged_products import Shifted, own_products
-from lightning_slim.statistics.orthonormal import orthonormalised, without
-from lightning_slim.statistics.tails import chi2_log_sf, f_log_sf
+from lightning_slim.statistics.own_past import OwnPast, own_past
+from lightning_slim.statistics.row_wise import from_rows
+from lightning_slim.statistics.series import LARGEST, check_series, standardised
 
-DEAD = 1e-13  # of a series' largest value: a smaller spread is rounding
-PERFECT = 1e-24  # of a target's sum of squares: a smaller residual is rounding
 UNSURE = 1e-7  # smaller pivots of a Gram matrix are computed anew from the rows
 TARGETS_AT_ONCE = 64
-LARGEST = 1e300  # squared units of a target, so that no sum of squares is infinite
 
 
 class Tested(NamedTuple):
@@ -46,6 +45,7 @@ class GrangerTest:
         df_num: lags of the series that add to the target's own past; 0 for a dead or collinear series.
         df_denom: rows less columns of the larger regression.
         rows: number of rows of each regression.
+        robust: whether `f` is by HC3.
     """
 
     f: Float[Tensor, "targets series"]
@@ -57,6 +57,7 @@ class GrangerTest:
     df_num: Int[Tensor, "targets series"]
     df_denom: Int[Tensor, "targets series"]
     rows: int
+    robust: bool
 
     @property
     def p(self) -> Float[Tensor, "targets series"]:
@@ -71,6 +72,8 @@ class GrangerTest:
     @property
     def ssr_ftest(self) -> Tested:
         """F of the two residual sums of squares, never robust."""
+        if not self.robust:
+            return self.params_ftest
         f = _f(self._odds, self.df_num, self.df_denom)
         log_p = f_log_sf(f, self.df_num, self.df_denom)
         return Tested(f, log_p.exp(), log_p)
@@ -129,7 +132,7 @@ def granger_test(
         own_lags: steps of the target's past; as many as `lags` unless given.
         robust: `"hc3"` allows the residuals' variance to change. It looks at every row of every pair, and is some 50
             times slower. A pair with a row that no other row can predict (leverage 1) has F 0 and p 1.
-        chunk_bytes: working memory; 16 MiB on the CPU, near the size of its cache, and 256 MiB elsewhere.
+        chunk_bytes: working memory; 10 MiB on the CPU, near the size of its cache, and 256 MiB elsewhere.
 
     Raises:
         ValueError: too few steps, numbers of lags below 1, series of other lengths, or values that are not finite.
@@ -143,7 +146,7 @@ def granger_test(
     """
     own_lags = lags if own_lags is None else own_lags
     check_series(series, targets, lags, own_lags)
-    chunk_bytes = chunk_bytes or (1 << 24 if series.device.type == "cpu" else 1 << 28)
+    chunk_bytes = chunk_bytes or (10 << 20 if series.device.type == "cpu" else 1 << 28)
     targets = targets.to(series.device)
     blocks = [
         _block(series, block, lags, own_lags, robust == "hc3", chunk_bytes)
@@ -152,82 +155,7 @@ def granger_test(
     f, effect, partial_r2, rss_both, df_num, df_denom, rss_own = (torch.cat(part) for part in zip(*blocks, strict=True))
     log_p = f_log_sf(f, df_num, df_denom)
     rows = len(series) - max(lags, own_lags)
-    return GrangerTest(f, log_p, effect, partial_r2, rss_own, rss_both, df_num, df_denom, rows)
-
-
-def check_series(series: Tensor, targets: Tensor, lags: int, own_lags: int) -> None:
-    """Refuses what no regression on the past can be made of."""
-    time = len(series)
-    if len(targets) != time:
-        raise ValueError(f"series and targets need as many steps, got {time} and {len(targets)}: record them together.")
-    if lags < 1 or own_lags < 1:
-        raise ValueError(f"expected at least 1 lag of each, got lags={lags} and own_lags={own_lags}.")
-    least = max(lags, own_lags) + lags + own_lags + 2
-    if time < least:
-        raise ValueError(
-            f"{lags} lags and {own_lags} own lags need at least {least} steps, got {time}: "
-            "record longer series or lower `lags`."
-        )
-    for name, values in (("series", series), ("targets", targets)):
-        if values.numel() and not bool(torch.stack([values.amin(), values.amax()]).isfinite().all()):
-            finite = values.isfinite().all(0)
-            first = int((~finite).nonzero()[0])
-            raise ValueError(
-                f"expected finite values, got NaN or infinity in {int((~finite).sum())} of {len(finite)} {name}, "
-                f"first in number {first}: drop these or the steps where they occur."
-            )
-
-
-def standardised(values: Float[Tensor, "time series"]) -> tuple[Float[Tensor, "time series"], Float[Tensor, "series"]]:
-    """Centred and divided by half their range, in float64, and that; zero and 1 for a dead series."""
-    low, high = values.amin(0).double(), values.amax(0).double()
-    centre, spread = low / 2 + high / 2, high / 2 - low / 2  # halved first: the range of the largest values is finite
-    alive = spread > DEAD * torch.maximum(low.abs(), high.abs())
-    result = values.to(torch.float64, copy=True)
-    result -= centre
-    result /= torch.where(alive, spread, torch.inf)
-    result -= result.mean(0)
-    return result, torch.where(alive, spread, 1.0)
-
-
-class _Own(NamedTuple):
-    """What the own past of some targets says about them."""
-
-    targets: Tensor  # time targets, standardised
-    scale: Tensor  # targets
-    basis: Tensor  # own_lags1 rows targets, orthonormal: the constant and the past
-    residual: Tensor  # rows targets
-    rss: Tensor  # targets, of the standardised ones
-    floor: Tensor  # targets: a smaller residual sum of squares is rounding
-    df: Tensor  # targets, columns of the regression
-    transform: Tensor  # targets own_lags2 own_lags2: products to those with basis and residual
-    certainty: Tensor  # targets, at most 1: share of digits that the transform keeps
-
-
-def _own(values: Tensor, own_lags: int, skip: int) -> _Own:
-    targets, scale = standardised(values)
-    count = targets.shape[1]
-    past = [targets[skip - b : len(targets) - b] for b in range(own_lags + 1)]
-    columns = [torch.ones_like(past[0]), *past[1:]]
-    basis, kept, left = orthonormalised(columns)
-    residual = without(past[0], basis)
-    rss, floor = residual.square().sum(0), PERFECT * past[0].square().sum(0)
-    rss = torch.where(rss > floor, rss, 0.0)
-
-    # Z = basis R, so basis = Z R^-1 and residual = y - Z R^-1 (basis' y).
-    triangle = torch.einsum("irk,jrk->kij", basis, torch.stack(columns)).triu()
-    triangle = triangle + torch.diag_embed((~kept).T.to(triangle.dtype))
-    transform = triangle.new_zeros(count, own_lags + 2, own_lags + 2)
-    identity = torch.eye(own_lags + 1, dtype=triangle.dtype, device=triangle.device).expand(count, -1, -1)
-    inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
-    transform[:, :-1, :-1] = inverse
-    transform[:, :-1, -1] = -(inverse @ torch.einsum("irk,rk->ki", basis, past[0]).unsqueeze(-1)).squeeze(-1)
-    transform[:, -1, -1] = 1
-    # The products come with the target's lags 0, 1, ... and the constant, the columns with the constant, lags 1, ...
-    order = [own_lags + 1, *range(1, own_lags + 1), 0]
-    transform = transform.mT[..., order].contiguous()
-    certainty = torch.minimum(left.amin(0), (rss / past[0].square().sum(0).clamp_min(1e-300)).sqrt())
-    return _Own(targets, scale, basis, residual, rss, floor, kept.sum(0), transform, certainty)
+    return GrangerTest(f, log_p, effect, partial_r2, rss_own, rss_both, df_num, df_denom, rows, robust == "hc3")
 
 
 def _block(
@@ -235,7 +163,7 @@ def _block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results for some targets."""
     skip = max(lags, own_lags)
-    own = _own(targets, own_lags, skip)
+    own = own_past(targets, own_lags, skip)
     count, number = targets.shape[1], series.shape[1]
     explained = own.rss.new_zeros(count, number)
     rss_both = own.rss[:, None].expand(count, number).clone()
@@ -256,7 +184,7 @@ def _block(
             for few in _chunks(len(which), chunk_bytes // (16 * len(series) * (lags + 4))):
                 some = which[few]
                 at = (target, some + part.start)
-                explained[at], rss_both[at], df_num[at], wald[at] = _from_rows(
+                explained[at], rss_both[at], df_num[at], wald[at] = from_rows(
                     causes[:, some], own, target, lags, robust
                 )
 
@@ -284,12 +212,12 @@ def _f(odds: Tensor, df_num: Tensor, df_denom: Tensor) -> Tensor:
     return odds / df_num.clamp_min(1) * df_denom
 
 
-def _from_products(causes: Tensor, own: _Own, shifted: Shifted) -> tuple[Tensor, Tensor, Tensor]:
+def _from_products(causes: Tensor, own: OwnPast, shifted: Shifted) -> tuple[Tensor, Tensor, Tensor]:
     """Explained sum of squares, rank, and how many digits are left, from Gram matrices."""
     lags = shifted.lags
     products = shifted.products(causes)  # targets own_lags2 lags series
     projected = (own.transform @ products.flatten(2)).view(products.shape)
-    known, cross = projected[:, :-1].unbind(1), projected[:, -1]
+    known, cross = projected[:, :-1], projected[:, -1]
     gram = own_products(causes, lags, shifted.skip)
 
     # Cholesky, elementwise over all pairs at once: LAPACK would be called for each.
@@ -300,10 +228,8 @@ def _from_products(causes: Tensor, own: _Own, shifted: Shifted) -> tuple[Tensor,
     certainty = torch.ones_like(explained)
     for i in range(lags):
         row: list[Tensor] = []
-        for j in range(i + 1):
-            entry = gram[i, j].expand_as(explained).clone()
-            for projection in known:
-                entry.addcmul_(projection[:, i], projection[:, j], value=-1)
+        new = gram[i, : i + 1] - torch.linalg.vecdot(known[:, :, i, None], known[:, :, : i + 1], dim=1)
+        for j, entry in enumerate(new.unbind(1)):
             for left, right in zip(row, factor[j] if j < i else row, strict=False):
                 entry.addcmul_(left, right, value=-1)
             row.append(entry.mul_(factor[j][j]) if j < i else entry)
@@ -319,38 +245,3 @@ def _from_products(causes: Tensor, own: _Own, shifted: Shifted) -> tuple[Tensor,
         explained.addcmul_(solved[i], solved[i])
         rank += good
     return explained, rank, certainty.clamp_min_(0).mul_(own.certainty[:, None])
-
-
-def _from_rows(
-    causes: Tensor, own: _Own, target: int, lags: int, robust: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Explained and residual sum of squares, rank, and the robust Wald statistic, from orthonormal columns."""
-    skip = len(causes) - len(own.residual)
-    basis, residual = own.basis[:, :, target].T, own.residual[:, target, None]
-    past = [causes[skip - lag : len(causes) - lag] for lag in range(1, lags + 1)]
-    columns, kept, _ = orthonormalised(past, basis)
-    along = (columns * residual).sum(1)
-    left = residual - (columns * along.unsqueeze(1)).sum(0)
-    explained, rss, rank = along.square().sum(0), left.square().sum(0), kept.sum(0)
-    if not robust:
-        return explained, rss, rank, torch.zeros_like(rss)
-    return explained, rss, rank, _hc3(columns, kept, along, left, basis, own.floor[target])
-
-
-def _hc3(columns: Tensor, kept: Tensor, along: Tensor, left: Tensor, basis: Tensor, floor: Tensor) -> Tensor:
-    """Wald statistic `b' V^-1 b`, which is the same in any coordinates: here the columns are orthonormal."""
-    alone = 1 - basis.square().sum(1, keepdim=True) - columns.square().sum(0)  # 1 - leverage, rows series
-    weight = (left / alone.clamp_min(1e-8)).square()
-    # V, with the identity where a column was dropped, and never singular.
-    count = len(columns)
-    variance = left.new_empty(left.shape[1], count, count)
-    for i in range(count):
-        weighted = columns[i] * weight
-        for j in range(i + 1):
-            variance[:, i, j] = variance[:, j, i] = (weighted * columns[j]).sum(0)
-    trace = variance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-    padding = torch.where(kept.T, floor / len(left) + 1e-15 * trace, 1.0)
-    root, failed = torch.linalg.cholesky_ex(variance + torch.diag_embed(padding))
-    solved = torch.linalg.solve_triangular(root, along.T.unsqueeze(-1), upper=False).squeeze(-1)
-    determined = (failed == 0) & (alone.amin(0) > 1e-8)
-    return torch.where(determined, solved.square().sum(1), 0.0)

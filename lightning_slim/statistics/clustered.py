@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_slim.statistics.distributions import f_log_sf
 from lightning_slim.statistics.nested import COLLINEAR
 from lightning_slim.statistics.panel import PanelGranger, PanelTest
-from lightning_slim.statistics.panel_rows import Center, Rows
+from lightning_slim.statistics.panel_rows import DESIGN, PanelDesign, Rows
 
 BLOCK = 1 << 20  # float64 numbers of products of moments that are held at once
 
@@ -32,11 +32,7 @@ class ClusteredPanel(PanelGranger):
     Args:
         units: number of units.
         targets: number of targets.
-        lags: lags of each unit.
-        own_lags: lags of each target; None for as many as `lags`.
-        first_lag: nearest lag of a unit; 0 for a target that is computed from it within the same step.
-        warm_up: first steps of each stretch that are past only.
-        center: see `PanelDesign`.
+        design: lags, steps that count, and means that are subtracted.
         device: where the sums are kept.
     """
 
@@ -46,18 +42,12 @@ class ClusteredPanel(PanelGranger):
         self,
         units: int,
         targets: int,
-        lags: int = 1,
-        own_lags: int | None = None,
+        design: PanelDesign = DESIGN,
         *,
-        first_lag: int = 1,
-        warm_up: int = 0,
-        center: Center = "step",
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(
-            units, targets, lags, own_lags, first_lag=first_lag, warm_up=warm_up, center=center, nulls=0, device=device
-        )
-        columns = self.design.lags + self.design.own_lags + 1
+        super().__init__(units, targets, design, nulls=0, device=device)
+        columns = self.design.lags + self.design.own + 1
         moments = columns * (columns + 1) // 2
         self.products: Float[Tensor, "units targets moments moments"] = self._zeros(units, targets, moments, moments)
         self.items: Float[Tensor, "1"] = self._zeros(1)
@@ -80,9 +70,9 @@ class ClusteredPanel(PanelGranger):
         super()._add(world, rows)
         if rows.at.start == 0:
             self.items += rows.counts.any(1).sum()
-        order = [*range(1, self.design.own_lags + 1), 0]
+        order = [*range(1, self.design.own + 1), 0]
         rows_of = rows.targets[..., order]  # items rows targets columns
-        own, lags = self.design.own_lags, self.design.lags
+        own, lags = self.design.own, self.design.lags
         first, second = torch.triu_indices(own + lags + 1, own + lags + 1, device=self.device)
         outer, inner = torch.tensor([*range(own), own + lags], device=self.device), slice(own, own + lags)
         block = max(1, BLOCK // max(1, len(rows.units) * len(first)))
@@ -102,7 +92,7 @@ class ClusteredPanel(PanelGranger):
                 self.products[at, target] += packed.mT @ packed
 
     def _wald(self, target: int) -> tuple[Float[Tensor, "units"], Float[Tensor, "units"]]:
-        own, lags = self.design.own_lags, self.design.lags
+        own, lags = self.design.own, self.design.lags
         joint = self._joint(0, target).nan_to_num(0.0, 0.0, 0.0)
         products = self.products[:, target].nan_to_num(0.0, 0.0, 0.0)
         variance = joint.diagonal(dim1=1, dim2=2)

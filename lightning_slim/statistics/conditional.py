@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_slim.statistics.bivariate import LARGEST, PERFECT, check_series, standardised
+from lightning_slim.statistics.distributions import f_log_sf
 from lightning_slim.statistics.orthonormal import RANK_TOLERANCE, orthonormalised
-from lightning_slim.statistics.tails import f_log_sf
+from lightning_slim.statistics.own_past import PERFECT
+from lightning_slim.statistics.series import LARGEST, check_series, standardised
 
 COLLINEAR = 1e-6  # of a direction's sum of squares, left by all others: less adds nothing
 JITTER = 1e-8  # on the unit diagonal, only where pivots are that small
@@ -88,7 +89,8 @@ def leave_one_out_test(
 
     A lag that is collinear with the others adds nothing (1e-6 of its sum of squares must be left), the degrees of
     freedom follow, and where nothing is left, as for a dead series or exact copies, effect is 0 and p 1; the other
-    tests are then exact to about 1e-6.
+    tests are then exact to about 1e-6. As of any regression on the past, p is too small near a unit root: of 20 AR(1)
+    series with memory 0.9 it rejects 9 % in 512 steps. Take differences of such series.
 
     Memory: `8 * (2 * rows * series * lags + 3 * (series * lags) ** 2)` bytes.
 

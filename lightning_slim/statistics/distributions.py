@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-STEP = 1 / 16  # of the quadrature; halving it changes no digit that float64 has
-NODES = torch.arange(-4.25, 4.5, STEP, dtype=torch.float64).tolist()
+from lightning_slim.statistics.tail_quadrature import chi2_by_quadrature, f_by_quadrature
+from lightning_slim.statistics.tail_sums import chi2_by_sums, f_by_sums
+
+FEW = 16  # degrees of freedom, up to which sums are faster
 
 
 def f_log_sf(
@@ -18,11 +17,8 @@ def f_log_sf(
 ) -> Float[Tensor, "*shape"]:
     """Natural logarithm of the survival function of Fisher's F distribution.
 
-    The density of `log F` is log-concave and analytic, so its tail is one double exponential quadrature of positive
-    terms, of a fixed number of nodes whatever the degrees of freedom: no cancellation, no underflow, no iteration until
-    convergence, no transfer from a GPU.
-
-    Source: Takahasi and Mori (1974), for the quadrature; Loader (2000), for the saddle-point form of the density.
+    Few whole degrees of freedom of the numerator, given as integers, make it a finite sum (`tail_sums`), any others a
+    quadrature (`tail_quadrature`).
 
     Args:
         F: statistics, zero or more.
@@ -38,26 +34,14 @@ def f_log_sf(
         [-3.032144, -463.052846]
     """
     F = F.double()
-    a = _like(df2, F) / 2
-    b = _like(df1, F) / 2
-    untestable = ~((F > 0) & (a >= 0.5) & (b >= 0.5))
+    few, df1, df2 = _few(df1), _like(df1, F), _like(df2, F).double()
+    untestable = ~((F > 0) & (df1 >= 1) & (df2 >= 1))
     endless = F.isinf() & ~untestable
-    f = torch.where(untestable | endless, 1.0, F)
-    a, b = (torch.where(untestable, 1.0, df) for df in (a, b))
-
-    whole, upper = a + b * f, f >= 1
-    w, v = b * f / whole, a / whole  # the beta variable and its complement
-    peak = (a * b / (2 * math.pi * (a + b))).log() / 2 + _stirling(a + b) - _stirling(a) - _stirling(b)
-    density = peak - a * torch.log1p(b * (f - 1) / (a + b)) + b * torch.log1p(a * (f - 1) / whole)
-    # Below the mode it is the other tail: there a and b change places, as do w and v.
-    a, b, w, v = (torch.where(upper, x, y) for x, y in ((a, b), (b, a), (w, v), (v, w)))
-    less, small, part = (torch.where(a < b, x, y) for x, y in ((-1.0, 1.0), (a, -b), (v, w)))
-    log_tail = density + _log_tail(
-        lambda s: small * s + (a + b) * torch.log1p(part * torch.expm1(less * s)),
-        slope=((a + b) * w - b).clamp_min(0),
-        curvature=(a + b) * w * v,
-    )
-    log_p = torch.where(upper, log_tail, torch.log1p(-log_tail.clamp_max(0).exp())).clamp_max(0)
+    F, df2 = torch.where(untestable | endless, 1.0, F), torch.where(untestable, 1.0, df2)
+    if few:
+        log_p = f_by_sums(F, torch.where(untestable, 0, df1), df2)
+    else:
+        log_p = f_by_quadrature(F, torch.where(untestable, 1.0, df1.double()), df2)
     return torch.where(endless, -torch.inf, torch.where(untestable, 0.0, log_p))
 
 
@@ -76,38 +60,22 @@ def chi2_log_sf(x: Float[Tensor, "*shape"], df: int | float | Num[Tensor, "..."]
         [-2.994862, -2504.484588]
     """
     x = x.double()
-    a = _like(df, x) / 2
-    untestable = ~((x > 0) & (a >= 0.5))
+    few, df = _few(df), _like(df, x)
+    untestable = ~((x > 0) & (df >= 1))
     endless = x.isinf() & ~untestable
-    h = torch.where(untestable | endless, 1.0, x / 2)
-    a = torch.where(untestable, 1.0, a)
-
-    upper = h >= a
-    sign = torch.where(upper, 1.0, -1.0)
-    density = a * torch.log(h / a) - (h - a) + (a / (2 * math.pi)).log() / 2 - _stirling(a)
-    log_tail = density + _log_tail(lambda s: h * torch.expm1(sign * s) - sign * a * s, slope=(h - a).abs(), curvature=h)
-    log_p = torch.where(upper, log_tail, torch.log1p(-log_tail.clamp_max(0).exp())).clamp_max(0)
+    x = torch.where(untestable | endless, 1.0, x)
+    if few:
+        log_p = chi2_by_sums(x, torch.where(untestable, 0, df))
+    else:
+        log_p = chi2_by_quadrature(x, torch.where(untestable, 1.0, df.double()))
     return torch.where(endless, -torch.inf, torch.where(untestable, 0.0, log_p))
 
 
+def _few(df: int | float | Tensor) -> bool:
+    if isinstance(df, Tensor):
+        return not df.is_floating_point() and (df.numel() == 0 or int(df.max()) <= FEW)
+    return isinstance(df, int) and df <= FEW
+
+
 def _like(df: int | float | Tensor, x: Tensor) -> Tensor:
-    return torch.as_tensor(df, dtype=torch.float64, device=x.device).expand_as(x)
-
-
-def _log_tail(drop: Callable[[Tensor], Tensor], slope: Tensor, curvature: Tensor) -> Tensor:
-    """`log integral_0^inf exp(-drop(s)) ds` of a convex drop that begins at 0 with this slope and curvature."""
-    scale = 2 / (slope + (slope.square() + 2 * curvature).sqrt())
-    total = torch.zeros_like(scale)
-    for node in NODES:
-        at = math.exp(node - math.exp(-node))
-        weight = STEP * at * (1 + math.exp(-node))
-        total += weight * torch.exp(-drop(at * scale))
-    return (total * scale).log()
-
-
-def _stirling(z: Tensor) -> Tensor:
-    """What Stirling's formula lacks: `lgamma(z) - ((z - 1/2) log z - z + log(2 pi) / 2)`."""
-    direct = torch.lgamma(z) - ((z - 0.5) * z.log() - z + math.log(2 * math.pi) / 2)
-    r = 1 / z.square()
-    series = (1 / 12 - r * (1 / 360 - r * (1 / 1260 - r * (1 / 1680 - r * (1 / 1188 - r * 691 / 360360))))) / z
-    return torch.where(z > 12, series, direct)
+    return torch.as_tensor(df, device=x.device).expand_as(x)

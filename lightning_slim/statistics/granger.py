@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-JITTER = 1e-6  # of the mean variance, on the diagonal: dead and collinear columns stay harmless
+JITTER = 1e-6  # on the unit diagonal: dead and collinear columns stay harmless
 
 
 class Regression(NamedTuple):
@@ -49,7 +49,8 @@ def forward_selection(regressions: Sequence[Regression], units: int, keep: int |
     Each step takes the unit whose present and past add most to the explained variance of the targets, given all units
     chosen before: `gain_i = ||L_i^-1 c_i||^2`, with `L_i L_i'` the unit's covariance and `c_i` its covariance with the
     targets, both conditional on the chosen. Gains of several regressions (several readers of the same units) are
-    averaged. A lazy block-pivoted Cholesky factorisation updates only what the next choice needs:
+    averaged. Columns are of unit variance, to which 1e-6 is added: gains are those of a ridge regression with that
+    penalty. A lazy block-pivoted Cholesky factorisation updates only what the next choice needs:
     `O(units keep^2 width^3)`, in float64.
 
     Sources: Granger (1969); Geweke (1984) for the conditional form; Fine and Scheinberg (2001) for the factorisation.
@@ -88,17 +89,14 @@ class _Pivoted:
     """A block-pivoted Cholesky factorisation under way: what is known of each unit, given the chosen ones."""
 
     def __init__(self, regression: Regression, units: int, keep: int) -> None:
-        gram = regression.gram.double()
-        self.device = gram.device
-        self.width = gram.shape[0] // units
-        self.jitter = JITTER * float(gram.diagonal().mean()) + 1e-300
-        self.gram = gram.clone()
-        self.gram.diagonal().add_(self.jitter)
+        self.gram, cross = of_unit_variance(regression)
+        self.device = self.gram.device
+        self.width = len(self.gram) // units
         blocks = self.gram.view(units, self.width, units, self.width)
         self.block = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()  # units width width
-        self.cross = regression.cross.double().view(units, self.width, -1).clone()  # units width targets
+        self.cross = cross.view(units, self.width, -1)  # units width targets
         self.variance = max(regression.variance, 1e-300)
-        self.factor = gram.new_zeros(len(gram), keep * self.width)
+        self.factor = self.gram.new_zeros(len(self.gram), keep * self.width)
         self.chosen = 0
 
     def gains(self) -> Float[Tensor, "units"]:
@@ -119,3 +117,18 @@ class _Pivoted:
         self.cross -= blocks @ self.solved[unit]
         self.block -= blocks @ blocks.mT
         self.block[unit] = torch.eye(width, dtype=self.block.dtype, device=self.device)
+
+
+def of_unit_variance(
+    regression: Regression,
+) -> tuple[Float[Tensor, "columns columns"], Float[Tensor, "columns targets"]]:
+    """Covariances of regressors of unit variance, so that the scale of a unit decides nothing, with the jitter.
+
+    A dead column stands alone.
+    """
+    gram = regression.gram.double()
+    spread = gram.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(spread > 1e-12 * spread.max(), 1 / spread.clamp_min(1e-300), 0.0)
+    gram = (gram * scale).mul_(scale[:, None])
+    gram.diagonal().add_(JITTER)
+    return gram, regression.cross.double() * scale[:, None]

@@ -60,10 +60,9 @@ def own_products(series: Float[Tensor, "time series"], lags: int, skip: int) -> 
     """Sum over rows `t = skip ... time - 1` of `series[t - a] series[t - b]` at `[a - 1, b - 1, series]`."""
     time, count = series.shape
     result = series.new_empty(lags, lags, count)
-    buffer = series.new_empty(time - skip, count)
     for difference in range(lags):
-        torch.mul(series[skip - 1 : time - 1], series[skip - 1 - difference : time - 1 - difference], out=buffer)
-        value = buffer.sum(0)
+        earlier = series[skip - 1 - difference : time - 1 - difference]
+        value = torch.linalg.vecdot(series[skip - 1 : time - 1], earlier, dim=0)
         result[difference, 0] = result[0, difference] = value
         for a in range(2, lags - difference + 1):
             b = a + difference

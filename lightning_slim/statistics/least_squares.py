@@ -41,7 +41,7 @@ def least_squares_image(
     Returns:
         float64 tensors.
     """
-    gram = moments.covariance if intercept else moments.second / moments.count.clamp_min(1e-300)
+    gram = moments.covariance if intercept else moments.covariance + torch.outer(moments.mean, moments.mean)
     kept, removed = kept.to(gram.device), removed.to(gram.device)
     damping = ridge * gram.diagonal().mean().clamp_min(1e-300)
     normal = gram[kept][:, kept] + damping * torch.eye(len(kept), dtype=gram.dtype, device=gram.device)

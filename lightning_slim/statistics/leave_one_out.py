@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_slim.statistics.granger import JITTER, Regression
+from lightning_slim.statistics.granger import Regression, of_unit_variance
 
 
 def leave_one_out(regressions: Sequence[Regression], units: int) -> Float[Tensor, "units"]:
     """Share of the targets' variance that is explained with each unit and not without it, all others there.
 
-    With `M = (S + jitter I)^-1` and `b = M c`, leaving out unit `i` adds exactly `b_i' M_ii^-1 b_i` to what is
-    unexplained. Copies make one another useless: to choose what stays, take `forward_selection`.
+    With `S` the covariance of the units and `M = (S + jitter I)^-1`, `b = M c`, leaving out unit `i` adds exactly
+    `b_i' M_ii^-1 b_i` to what is unexplained. Copies make one another useless: to choose what stays, take
+    `forward_selection`.
 
     Source: Geweke (1984).
 
@@ -27,10 +28,9 @@ def leave_one_out(regressions: Sequence[Regression], units: int) -> Float[Tensor
 
 
 def _shares(regression: Regression, units: int) -> Float[Tensor, "units"]:
-    gram, cross = regression.gram.double(), regression.cross.double()
+    gram, cross = of_unit_variance(regression)
     width = len(gram) // units
-    jitter = JITTER * float(gram.diagonal().mean()) + 1e-300
-    inverse = torch.linalg.inv(gram + jitter * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    inverse = torch.linalg.inv(gram)
     coefficients = (inverse @ cross).view(units, width, -1)
     blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     lost = (coefficients * torch.linalg.solve(blocks, coefficients)).sum((1, 2)).clamp_min(0)

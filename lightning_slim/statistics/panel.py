@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_slim.statistics.distributions import f_log_sf
 from lightning_slim.statistics.nested import Nested, nested
-from lightning_slim.statistics.panel_rows import Center, PanelDesign, Rows, pairings, present, raw_squares
+from lightning_slim.statistics.panel_rows import DESIGN, PanelDesign, Rows, pairings, present, raw_squares
 from lightning_slim.statistics.streaming import Accumulator
 
 ROUNDING = 1e-26  # of a column's raw squares: a standard deviation of 1e-13 of the mean is none
@@ -45,7 +45,8 @@ class PanelGranger(Accumulator):
 
     Each target at step `t` is regressed on its own `own_lags` and on a unit's `lags`, pooled over all items; the F test
     compares the regression with and without the unit. The regression sees centred columns (see `PanelDesign`), lags
-    that never cross from one item, or one side of a reset, to another, and no padding. Only moments are kept.
+    that never cross from one item, or one side of a reset, to another, and no padding. Only moments are kept: `F` has
+    some `16 + log10(1 - partial_r2)` digits.
 
     F supposes that rows are independent. Sequences that share what is not modelled make it too large, so it is
     calibrated (as in genomic control, Devlin and Roeder 1999): beside the true pairs, `nulls` streams pair units with
@@ -60,11 +61,7 @@ class PanelGranger(Accumulator):
     Args:
         units: number of units.
         targets: number of targets.
-        lags: lags of each unit.
-        own_lags: lags of each target; None for as many as `lags`.
-        first_lag: nearest lag of a unit; 0 for a target that is computed from it within the same step.
-        warm_up: first steps of each stretch that are past only.
-        center: `"step"`, `"batch"` or `"item"`, see `PanelDesign`.
+        design: lags, steps that count, and means that are subtracted.
         nulls: streams of wrongly paired items, for calibration; 0 for none.
         device: where the sums are kept.
 
@@ -80,24 +77,20 @@ class PanelGranger(Accumulator):
         "unit_moments": 1, "cross_moments": 1, "target_moments": None, "rows": None, "absorbed": None, "unit_size": 0,
         "target_size": None,
     }  # fmt: skip
+    SETTINGS: ClassVar = ("design",)
 
     def __init__(
         self,
         units: int,
         targets: int,
-        lags: int = 1,
-        own_lags: int | None = None,
+        design: PanelDesign = DESIGN,
         *,
-        first_lag: int = 1,
-        warm_up: int = 0,
-        center: Center = "step",
         nulls: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(device)
-        own_lags = lags if own_lags is None else own_lags
-        self.design = PanelDesign(lags, own_lags, first_lag, warm_up, center)
-        worlds, columns = 1 + nulls, own_lags + 1
+        self.design = design
+        worlds, lags, columns = 1 + nulls, design.lags, design.own + 1
         self.unit_moments: Float[Tensor, "worlds units lags lags"] = self._zeros(worlds, units, lags, lags)
         self.cross_moments: Float[Tensor, "worlds units lags targets columns"] = self._zeros(
             worlds, units, lags, targets, columns
@@ -174,37 +167,32 @@ class PanelGranger(Accumulator):
         )
 
     def _add(self, world: int, rows: Rows) -> None:
-        items, steps, lags, units = rows.units.shape
-        columns = rows.units.reshape(items * steps, lags, units)
-        answers = rows.targets.reshape(items * steps, -1)
+        lags, units = rows.units.shape[2:]
+        columns = rows.units.flatten(0, 1)
+        answers = rows.targets.flatten(0, 1).flatten(1)
         for i in range(lags):
             for j in range(i, lags):
                 product = torch.linalg.vecdot(columns[:, i], columns[:, j], dim=0)
                 self.unit_moments[world, rows.at, i, j] += product
                 if i != j:
                     self.unit_moments[world, rows.at, j, i] += product
-        cross = columns.reshape(items * steps, -1).T @ answers
+        cross = columns.flatten(1).T @ answers
         self.cross_moments[world, rows.at] += cross.view(lags, units, *self.cross_moments.shape[3:]).transpose(0, 1)
         if rows.at.start == 0:
             self.target_moments[world] += torch.einsum("brkc,brkd->kcd", rows.targets, rows.targets)
             self.rows[world] += rows.counts.sum()
             self.absorbed[world] += rows.absorbed[0]
 
-    def _check(self, other: Accumulator) -> None:
-        super()._check(other)
-        if isinstance(other, PanelGranger) and self.design != other.design:
-            raise ValueError(f"Streams merge when they have one design: expected {self.design}, got {other.design}.")
-
     def _compare(self, world: int) -> Nested:
         """Moments of all pairs, a target at a time, with the columns own lags, unit lags, target."""
         parts = []
         for target, size in enumerate(self.target_size):
             joint, floor = self._joint(world, target), self._floor(size)
-            parts.append(nested(joint, self.design.own_lags, floor))
+            parts.append(nested(joint, self.design.own, floor))
         return Nested(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
     def _joint(self, world: int, target: int) -> Float[Tensor, "units columns columns"]:
-        own, lags = self.design.own_lags, self.design.lags
+        own, lags = self.design.own, self.design.lags
         order = [*range(1, own + 1), 0]  # own lags first, the target itself last
         targets = self.target_moments[world, target][order][:, order]
         cross = self.cross_moments[world, :, :, target][..., order]
@@ -217,7 +205,7 @@ class PanelGranger(Accumulator):
         return joint
 
     def _floor(self, size: Float[Tensor, ""]) -> Float[Tensor, "units columns"]:
-        own, lags = self.design.own_lags, self.design.lags
+        own, lags = self.design.own, self.design.lags
         unit = self.unit_size[:, None].expand(-1, lags)
         target = size.expand(len(unit), own + 1)
         return ROUNDING * torch.cat([target[:, :own], unit, target[:, :1]], 1)

@@ -39,7 +39,7 @@ class PanelDesign:
 
     Attributes:
         lags: lags of the unit.
-        own_lags: lags of the target.
+        own_lags: lags of the target; None for as many as `lags`.
         first_lag: the nearest lag of the unit; 0 for targets that are computed from it within the same step.
         warm_up: steps at the beginning of each stretch that are past only, never a row.
         center: `"step"` subtracts from each column, at each step, its mean over the items of the batch: what the
@@ -49,24 +49,30 @@ class PanelDesign:
     """
 
     lags: int = 1
-    own_lags: int = 1
+    own_lags: int | None = None
     first_lag: int = 1
     warm_up: int = 0
     center: Center = "step"
 
     def __post_init__(self) -> None:
-        if self.lags < 1 or self.own_lags < 0 or self.first_lag not in (0, 1) or self.warm_up < 0:
+        object.__setattr__(self, "own_lags", self.own)  # given or not, equal designs are equal
+        if self.lags < 1 or self.own < 0 or self.first_lag not in (0, 1) or self.warm_up < 0:
             raise ValueError(
                 f"Expected lags of at least 1, own lags and a warm-up of at least 0 and a first lag of 0 or 1, got "
-                f"lags={self.lags}, own_lags={self.own_lags}, warm_up={self.warm_up}, first_lag={self.first_lag}."
+                f"lags={self.lags}, own_lags={self.own}, warm_up={self.warm_up}, first_lag={self.first_lag}."
             )
         if self.center not in ("step", "batch", "item"):
             raise ValueError(f'Expected center "step", "batch" or "item", got {self.center!r}.')
 
     @property
+    def own(self) -> int:
+        """Lags of the target."""
+        return self.lags if self.own_lags is None else self.own_lags
+
+    @property
     def past(self) -> int:
         """Steps before the first row of a stretch."""
-        return max(self.own_lags, self.first_lag + self.lags - 1) + self.warm_up
+        return max(self.own, self.first_lag + self.lags - 1) + self.warm_up
 
     def rows(
         self,
@@ -96,7 +102,7 @@ class PanelDesign:
         size = counts.sum(self._over, keepdim=True, dtype=torch.float64)
         absorbed = (size > 0).sum().double()[None]
         targets = torch.where(mask[..., None], targets, 0.0)
-        answers = torch.stack([self._column(targets, lag, counts, size) for lag in range(self.own_lags + 1)], -1)
+        answers = torch.stack([self._column(targets, lag, counts, size) for lag in range(self.own + 1)], -1)
         block = max(1, BLOCK // max(1, items * steps * self.lags))
         for start in range(0, width, block):
             part = torch.where(mask[..., None], units[..., start : start + block], 0.0)
@@ -113,6 +119,9 @@ class PanelDesign:
         column = torch.where(counts[..., None], column, 0.0)
         mean = column.sum(self._over, keepdim=True) / size.clamp_min(1)[..., None]
         return torch.where(counts[..., None], column - mean, 0.0)
+
+
+DESIGN = PanelDesign()
 
 
 def present(

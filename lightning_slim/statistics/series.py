@@ -1,4 +1,4 @@
-"""Time series: lags."""
+"""Time series: what can be tested, common units, lags."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+DEAD = 1e-13  # of a series' largest value: a smaller spread is rounding
+LARGEST = 1e300  # squared units of a target, so that no sum of squares is infinite
 
 
 def with_lags(series: Float[Tensor, "items steps units"], lags: int) -> Float[Tensor, "rows units columns"]:
@@ -44,3 +47,38 @@ def thinned(rows: Float[Tensor, "rows *columns"], enough: int) -> Float[Tensor, 
     while step > 1 and math.gcd(step, len(rows)) > 1:
         step += 1
     return rows[::step]
+
+
+def check_series(series: Tensor, targets: Tensor, lags: int, own_lags: int) -> None:
+    """Refuses what no regression on the past can be made of."""
+    time = len(series)
+    if len(targets) != time:
+        raise ValueError(f"series and targets need as many steps, got {time} and {len(targets)}: record them together.")
+    if lags < 1 or own_lags < 1:
+        raise ValueError(f"expected at least 1 lag of each, got lags={lags} and own_lags={own_lags}.")
+    least = max(lags, own_lags) + lags + own_lags + 2
+    if time < least:
+        raise ValueError(
+            f"{lags} lags and {own_lags} own lags need at least {least} steps, got {time}: "
+            "record longer series or lower `lags`."
+        )
+    for name, values in (("series", series), ("targets", targets)):
+        if values.numel() and not bool(torch.stack([values.amin(), values.amax()]).isfinite().all()):
+            finite = values.isfinite().all(0)
+            first = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"expected finite values, got NaN or infinity in {int((~finite).sum())} of {len(finite)} {name}, "
+                f"first in number {first}: drop these or the steps where they occur."
+            )
+
+
+def standardised(values: Float[Tensor, "time series"]) -> tuple[Float[Tensor, "time series"], Float[Tensor, "series"]]:
+    """Centred and divided by half their range, in float64, and that; zero and 1 for a dead series."""
+    low, high = values.amin(0).double(), values.amax(0).double()
+    centre, spread = low / 2 + high / 2, high / 2 - low / 2  # halved first: the range of the largest values is finite
+    alive = spread > DEAD * torch.maximum(low.abs(), high.abs())
+    result = values.to(torch.float64, copy=True)
+    result -= centre
+    result /= torch.where(alive, spread, torch.inf)
+    result -= result.mean(0)
+    return result, torch.where(alive, spread, 1.0)

@@ -30,10 +30,12 @@ class Accumulator(ABC):
     Attributes:
         SUMS: the tensors that add, each with the axis along which its units lie, or None.
         FIXED: likewise the tensors that stay as they are and must be equal in streams that merge.
+        SETTINGS: names of what else must be equal in them, such as lags.
     """
 
     SUMS: ClassVar[Mapping[str, int | None]]
     FIXED: ClassVar[Mapping[str, int | None]] = {}
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         # MPS has no float64: there the sums are kept on the CPU.
@@ -59,8 +61,14 @@ class Accumulator(ABC):
             ValueError: the other stream is of another statistic, or of other units, classes or targets.
         """
         self._check(other)
+        theirs = other.sums
         for name, mine in self.sums.items():
-            setattr(self, name, mine + getattr(other, name).to(mine))
+            mine += theirs[name].to(mine)
+
+    def decay(self, factor: float) -> None:
+        """Forgets: what was seen so far counts only `factor` times as much from now on."""
+        for tensor in self.sums.values():
+            tensor *= factor
 
     def keep(self, units: Int[Tensor, "kept"]) -> None:
         """Drops all other units: the statistic is that of a stream that never had them."""
@@ -71,7 +79,7 @@ class Accumulator(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors only."""
-        return {name: getattr(self, name) for name in self._tensors()}
+        return {**self.sums, **{name: getattr(self, name) for name in self._tensors() if name not in self.SUMS}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`, of any number of units."""
@@ -84,13 +92,17 @@ class Accumulator(ABC):
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def _accept(self, values: Tensor, last: Tensor, what: str) -> Tensor:
-        """Values as float64 on the right device, if there are as many as the tensor `last` has on its last axis."""
+    def _expect(self, values: Tensor, last: Tensor, what: str) -> None:
+        """Refuses values unless there are as many as the tensor `last` has on its last axis."""
         if values.shape[-1] != last.shape[-1]:
             raise ValueError(
                 f"{type(self).__name__} was made for {last.shape[-1]} {what}, got {values.shape[-1]}: make a new one, "
                 f"or `keep` the units that are left."
             )
+
+    def _accept(self, values: Tensor, last: Tensor, what: str) -> Tensor:
+        """Values as float64 on the right device, if there are as many as expected."""
+        self._expect(values, last, what)
         return values.detach().to(self.device, torch.float64)
 
     def _check(self, other: Accumulator) -> None:
@@ -98,6 +110,12 @@ class Accumulator(ABC):
             raise ValueError(
                 f"Only streams of one statistic merge: expected {type(self).__name__}, got {type(other).__name__}."
             )
+        for name in self.SETTINGS:
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"Streams merge when they have one {name}: expected {getattr(self, name)}, "
+                    f"got {getattr(other, name)}."
+                )
         for name in self._tensors():
             mine, theirs = (getattr(stream, name) for stream in (self, other))
             if mine.shape != theirs.shape:

@@ -88,7 +88,7 @@ def permuted(given: Evidence, order: Tensor) -> Evidence:
     """The same evidence with its units in another order."""
 
     def of(reading: Reading) -> Reading:
-        moments = reading.moments.copy()
+        moments = copy.deepcopy(reading.moments)
         width = len(moments.total) // UNITS
         moments.keep((order[:, None] * width + torch.arange(width)).flatten())
         weight = reading.weight.view(UNITS, reading.channels, -1)[order].flatten(0, 1)

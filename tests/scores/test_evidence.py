@@ -25,7 +25,7 @@ from lightning_slim import (
 from lightning_slim.scores import Evidence, Reading, Score
 from lightning_slim.scores.base import reduced
 from lightning_slim.scores.bivariate_granger import Sequences
-from lightning_slim.statistics import JointMoments, Moments, PanelGranger, Regression, leave_one_out
+from lightning_slim.statistics import JointMoments, Moments, PanelDesign, PanelGranger, Regression, leave_one_out
 
 
 def classifier() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -190,7 +190,7 @@ def test_bivariate_granger_is_that_of_the_panel() -> None:
     x = torch.randn(30, 12, 3).cumsum(1)
     y = network(x).detach()
     found = BivariateGranger(2)(evidence(network, BivariateGranger(2), x, outputs=y))
-    panel = PanelGranger(5, 2, 2)
+    panel = PanelGranger(5, 2, PanelDesign(2))
     panel.update(network[:2](x).detach(), y)
     torch.testing.assert_close(found.importance, panel.result().geweke.mean(0).clamp_min(0))
     assert Sequences(2) in BivariateGranger(2).witnesses

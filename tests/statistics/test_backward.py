@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_slim.statistics import Moments, Regression, backward_elimination, forward_selection
+from tests.statistics.test_granger import awkward
 
 
 def regression(columns: Tensor, targets: Tensor) -> Regression:
@@ -37,6 +38,20 @@ def test_order_and_losses_equal_refits(width: int) -> None:
         left.remove(unit)
         share = shares[unit]
     assert len(left) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "scales", "far", "near copies", "perfect"])
+def test_losses_equal_refits_of_awkward_columns(kind: str) -> None:
+    x, y = awkward(kind)
+    result = backward_elimination([regression(x, y)], 7, keep=1)
+    left = list(range(7))
+    x, y = ((x - x.mean(0)) / x.std(0)).numpy(), (y - y.mean(0)).numpy()
+    share = unexplained(x, y)
+    for unit, loss in zip(result.order.tolist(), result.losses.tolist(), strict=True):
+        left.remove(unit)
+        after = unexplained(np.hstack([x[:, 2 * j : 2 * j + 2] for j in left]), y)
+        assert abs(loss - (after - share)) < 1e-9
+        share = after
 
 
 def test_of_copies_one_is_left() -> None:

@@ -12,7 +12,7 @@ import torch
 from statsmodels.tsa.stattools import grangercausalitytests
 from torch import Tensor
 
-from lightning_slim.statistics import GrangerTest, granger_test
+from lightning_slim.statistics import GrangerTest, common_lag_order, granger_test
 
 TESTS = ("ssr_ftest", "ssr_chi2test", "lrtest", "params_ftest")
 unchecked = inspect.unwrap(granger_test)  # without the check of shapes
@@ -270,6 +270,14 @@ def size(memory: float, steps: int, lags: int, robust, scale: Tensor | None = No
 @pytest.mark.parametrize("robust", ["none", "hc3"])
 def test_unrelated_series_are_called_causal_in_3_to_7_percent(memory: float, robust) -> None:
     assert 0.03 < size(memory, 256, 2, robust) < 0.07
+
+
+def test_all_four_tests_and_a_common_order_hold_the_level() -> None:
+    series, targets = autoregressive(512, 200, 0.5), autoregressive(512, 40, 0.5)
+    tests = granger_test(series, targets, common_lag_order(series, targets, 4).lags), granger_test(series, targets, 2)
+    for test in tests:
+        for name in TESTS:
+            assert 0.03 < (getattr(test, name).p < 0.05).double().mean() < 0.07
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import torch
 
 from lightning_slim.statistics.clustered import ClusteredPanel
 from lightning_slim.statistics.panel import PanelGranger
+from lightning_slim.statistics.panel_rows import PanelDesign
 from tests.statistics.test_panel import TARGETS, UNITS, batch, ols, ragged
-from tests.statistics.worlds import null_world, randn
+from tests.statistics.worlds import null_pairs, null_world, randn
 
 
 @pytest.mark.parametrize("center", ["step", "batch", "item"])
@@ -17,7 +18,7 @@ from tests.statistics.worlds import null_world, randn
 @pytest.mark.parametrize("make", [batch, ragged])
 def test_equals_statsmodels_with_clusters(make, lags: int, own: int, first: int, warm: int, center: str) -> None:
     batches = [make() for _ in range(5)]
-    panel = ClusteredPanel(UNITS, TARGETS, lags, own, first_lag=first, warm_up=warm, center=center)
+    panel = ClusteredPanel(UNITS, TARGETS, PanelDesign(lags, own, first, warm, center))
     for units, targets, mask, resets in batches:
         panel.update(units, targets, mask=mask, resets=resets)
     got = panel.result()
@@ -58,7 +59,7 @@ def test_scale_does_not_matter(scale: float) -> None:
 
 def test_units_go_in_blocks_of_bounded_memory(monkeypatch) -> None:
     units, targets, mask, resets = ragged()
-    one, other = ClusteredPanel(UNITS, TARGETS, 2), ClusteredPanel(UNITS, TARGETS, 2)
+    one, other = (ClusteredPanel(UNITS, TARGETS, PanelDesign(2)) for _ in range(2))
     one.update(units, targets, mask=mask, resets=resets)
     monkeypatch.setattr("lightning_slim.statistics.clustered.BLOCK", 1)
     other.update(units, targets, mask=mask, resets=resets)
@@ -68,17 +69,24 @@ def test_units_go_in_blocks_of_bounded_memory(monkeypatch) -> None:
 def rejections(make: type, kind: str, steps: int, repeats: int) -> float:
     found = []
     for _ in range(repeats):
-        panel = make(32, 1, lags=2)
+        panel = make(32, 1, PanelDesign(lags=2))
         for _ in range(4):
             panel.update(*null_world(kind, 64, steps, 32))
         found.append((panel.result().p_value < 0.05).double().mean())
     return float(torch.stack(found).mean())
 
 
+def test_of_many_pairs_without_a_cause_one_in_twenty_is_rejected() -> None:
+    panel = ClusteredPanel(40, 40)
+    for _ in range(4):
+        panel.update(*null_pairs("independent", 64, 12, 40))
+    assert 0.03 <= (panel.result().p_value < 0.05).double().mean() <= 0.07
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["independent", "echo", "feedback", "waves"])
 def test_where_nothing_causes_one_in_twenty_is_rejected(kind: str) -> None:
-    assert 0.03 <= rejections(ClusteredPanel, kind, 16, 40) <= 0.075
+    assert 0.03 <= rejections(ClusteredPanel, kind, 16, 40) <= 0.07
 
 
 def test_a_cause_is_found() -> None:

@@ -86,6 +86,17 @@ def test_dead_and_explained_targets_have_p_1() -> None:
     assert perfect.effect[0, 0] > 20
 
 
+def test_where_nothing_causes_one_in_twenty_is_rejected() -> None:
+    """Near a unit root, own lags are underestimated, the more so the more columns there are: there it is 9 %."""
+    rates = []
+    for _ in range(20):
+        noise = torch.randn(356, 40, dtype=torch.float64)
+        for step in range(1, 356):
+            noise[step] += 0.5 * noise[step - 1]
+        rates.append((leave_one_out_test(noise[100:, :20], noise[100:, 20:], 1).p < 0.05).double().mean())
+    assert 0.03 <= torch.stack(rates).mean() <= 0.07
+
+
 def test_too_few_rows_are_refused() -> None:
     series, targets = world(30, 20)
     with pytest.raises(

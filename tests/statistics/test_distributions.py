@@ -17,7 +17,7 @@ def grid(center: float) -> torch.Tensor:
     return center * torch.cat([wide, near, torch.ones(1)])
 
 
-@pytest.mark.parametrize("df1", [1, 2, 3, 8, 999])
+@pytest.mark.parametrize("df1", [1, 2, 3, 8, 1.0, 2.0, 3.0, 8.0, 999])
 @pytest.mark.parametrize("df2", [1, 2, 7, 50, 1e3, 1e6])
 def test_f_equals_scipy(df1: float, df2: float) -> None:
     F = grid(1.0)
@@ -26,7 +26,7 @@ def test_f_equals_scipy(df1: float, df2: float) -> None:
     np.testing.assert_allclose(f_log_sf(F, df1, df2)[there], expected[there], rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize("df", [1, 2, 3, 10, 999])
+@pytest.mark.parametrize("df", [1, 2, 3, 10, 1.0, 2.0, 3.0, 10.0, 999])
 def test_chi2_equals_scipy(df: float) -> None:
     x = grid(float(df))
     expected = stats.chi2.logsf(x.numpy(), df)
@@ -53,13 +53,14 @@ def test_where_nothing_can_be_tested_p_is_one(untestable: tuple[float, float, fl
     assert chi2_log_sf(torch.tensor([F]), min(df1, df2)).tolist() == [0.0]
 
 
-def test_an_infinite_statistic_is_impossible_and_not_nan() -> None:
-    assert f_log_sf(torch.tensor([math.inf]), 2, 5).tolist() == [-math.inf]
-    assert chi2_log_sf(torch.tensor([math.inf]), 2).tolist() == [-math.inf]
+@pytest.mark.parametrize("kind", [int, float])
+def test_an_infinite_statistic_is_impossible_and_not_nan(kind: type) -> None:
+    assert f_log_sf(torch.tensor([math.inf]), kind(2), 5).tolist() == [-math.inf]
+    assert chi2_log_sf(torch.tensor([math.inf]), kind(2)).tolist() == [-math.inf]
 
 
 def test_no_nan_leaves() -> None:
     F = torch.tensor([math.nan, 1e-300, 1e-30, 1e300, math.inf], dtype=torch.float64)
-    for df1, df2 in [(1, 1), (999, 3), (2, 1e9), (4999, 1e7)]:
+    for df1, df2 in [(1, 1), (1.0, 1), (999, 3), (2, 1e9), (2.0, 1e9), (4999, 1e7)]:
         assert not f_log_sf(F, df1, df2).isnan().any()
         assert not chi2_log_sf(F, df1).isnan().any()

@@ -12,7 +12,8 @@ from scipy import stats
 
 from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin
 from lightning_slim.statistics.panel import PanelGranger
-from tests.statistics.worlds import null_world, randn
+from lightning_slim.statistics.panel_rows import PanelDesign
+from tests.statistics.worlds import null_pairs, null_world, randn
 
 
 @pytest.mark.parametrize("lags", [1, 2])
@@ -20,7 +21,7 @@ def test_equals_the_papers_formula_on_regressions_item_by_item(lags: int) -> Non
     lengths = [25, 14, 19, 25, 8 + 2 * lags]
     units, targets = randn(5, 25, 2) + 7, randn(5, 25, 1)
     targets[:, 1:] += 0.5 * units[:, :-1, :1]
-    test = DumitrescuHurlin(2, 1, lags, nulls=0)
+    test = DumitrescuHurlin(2, 1, PanelDesign(lags), nulls=0)
     test.update(units[:3], targets[:3], torch.tensor(lengths[:3]))
     test.update(units[3:], targets[3:], torch.tensor(lengths[3:]))
     got = test.result()
@@ -70,6 +71,13 @@ def rejections(steps: int, **options) -> float:
             test.update(*null_world("independent", 64, steps, 32))
         found.append((test.result().p_value < 0.05).double().mean())
     return float(torch.stack(found).mean())
+
+
+def test_of_many_pairs_of_long_series_one_in_twenty_is_rejected() -> None:
+    test = DumitrescuHurlin(40, 40)
+    for _ in range(2):
+        test.update(*null_pairs("independent", 32, 120, 40))
+    assert 0.03 <= (test.result().p_value < 0.05).double().mean() <= 0.07
 
 
 @pytest.mark.slow

@@ -53,6 +53,55 @@ def test_order_and_gains_equal_brute_force_ols() -> None:
     check(forward_selection([regression(x, y)], 7), *greedy([x[:, [i]].numpy() for i in range(7)], y.numpy()))
 
 
+AWKWARD = ("plain", "scales", "far", "dead", "copies", "near copies", "perfect", "few rows")
+
+
+def awkward(kind: str) -> tuple[Tensor, Tensor]:
+    """Seven units of two columns, and three targets; sums that a computer makes of them lose digits."""
+    rows = 16 if kind == "few rows" else 300
+    x = torch.randn(rows, 14, dtype=torch.float64) @ torch.randn(14, 14, dtype=torch.float64)
+    y = x @ torch.randn(14, 3, dtype=torch.float64) + 3 * torch.randn(rows, 3)
+    if kind == "scales":
+        x, y = x * torch.logspace(-5, 5, 14, dtype=torch.float64), y * 1e12
+    if kind == "far":
+        x, y = ((values * 2**20).round() / 2**20 + 1e7 for values in (x, y))
+    if kind == "dead":
+        x[:, 3], x[:, 8:10] = 0.1, 1e7 / 3
+    if kind == "copies":
+        x[:, 4:6], x[:, 9] = 7 * x[:, :2], -x[:, 2]
+    if kind == "near copies":
+        x[:, 4:6] = x[:, :2] + 1e-2 * x[:, 4:6]
+    if kind == "perfect":
+        y = x[:, [0, 3, 7]] * torch.tensor([1.0, -2.0, 3.0])
+    return x, y
+
+
+def penalised(x: Tensor, y: Tensor, chosen: list[int]) -> float:
+    """Share of `y` that the ridge regression of `forward_selection` explains, by least squares of augmented rows."""
+    x, y = ((values - values.mean(0)).numpy() for values in (x, y))
+    alive = x.std(0) > 1e-12
+    x = np.where(alive, x, 0) / np.where(alive, x.std(0), 1) / len(x) ** 0.5
+    y, columns = y / len(y) ** 0.5, [2 * unit + lag for unit in chosen for lag in range(2)]
+    design = np.vstack([x[:, columns], 1e-3 * np.eye(len(columns))])
+    target = np.vstack([y, np.zeros((len(columns), 3))])
+    left = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
+    return 1 - float((left**2).sum() / (y**2).sum())
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_every_choice_equals_explicit_refits(kind: str) -> None:
+    x, y = awkward(kind)
+    chosen, before = [], 0.0
+    for unit, gain in zip(*(part.tolist() for part in forward_selection([regression(x, y)], 7)), strict=True):
+        rest = [other for other in range(7) if other not in chosen]
+        gains = {other: penalised(x, y, [*chosen, other]) - before for other in rest}
+        tolerance = 1e-9 if kind != "few rows" else 1e-8  # more columns than rows: the penalty alone decides
+        assert gains[unit] >= max(gains.values()) - tolerance
+        assert abs(gain - gains[unit]) < tolerance
+        chosen.append(unit)
+        before += gains[unit]
+
+
 def test_with_lags_a_unit_is_its_present_and_past() -> None:
     series = torch.randn(5, 80, 4, dtype=torch.float64).cumsum(1) * 0.1 + torch.randn(5, 80, 4)
     table = with_lags(series, lags=2)

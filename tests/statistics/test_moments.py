@@ -44,6 +44,57 @@ def test_dropping_columns_equals_never_having_had_them() -> None:
     torch.testing.assert_close(moments.covariance, streamed(rows[:, kept]).covariance, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e7])
+def test_covariance_keeps_its_digits_beside_any_mean_and_at_any_scale(offset: float, scale: float) -> None:
+    rows = (torch.randn(500, 4, dtype=torch.float64) * 2**20).round() / 2**20  # the offset rounds nothing away
+    expected = np.cov(rows.T.numpy(), bias=True) * scale**2
+    got = streamed((rows + offset) * scale).covariance
+    np.testing.assert_allclose(got, expected, rtol=1e-9 if scale == 1 else 1e-6, atol=1e-10 * scale**2)
+
+
+def test_a_column_that_is_not_finite_is_as_dead_and_others_are_as_ever() -> None:
+    rows, others = torch.randn(100, 4, dtype=torch.float64), torch.tensor([0, 1, 3])
+    expected = streamed(rows[:, others])
+    rows[60, 2] = torch.inf
+    moments = streamed(rows)
+    assert not moments.covariance[2].any()
+    assert not moments.covariance[:, 2].any()
+    assert moments.mean[2] == moments.variance[2] == 0
+    torch.testing.assert_close(moments.covariance[others][:, others], expected.covariance, rtol=1e-12, atol=1e-14)
+
+
+def test_a_decay_counts_whatever_comes_next() -> None:
+    """Rows of weight 1/2 and rows of weight 1: after a decay come a batch, a merge either way, a sum over ranks."""
+    old, new = torch.randn(50, 3, dtype=torch.float64), torch.randn(70, 3, dtype=torch.float64) + 5
+    weights = np.concatenate([np.full(50, 0.5), np.ones(70)])
+    expected = np.cov(torch.cat([old, new]).T.numpy(), aweights=weights, ddof=0)
+    results = []
+    for way in ("update", "merge", "merge into", "sums", "state"):
+        one, other = streamed(old), streamed(new)
+        one.decay(0.5)
+        if way == "update":
+            one.update(new)
+        elif way == "merge":
+            one.merge(other)
+        elif way == "merge into":
+            other.merge(one)
+            one = other
+        elif way == "sums":
+            other.move_pivots(one.pivots)
+            for name, tensor in one.sums.items():
+                tensor += other.sums[name]
+        else:
+            loaded = Moments(0)
+            loaded.load_state_dict(one.state_dict())
+            loaded.update(new)
+            one = loaded
+        results.append(one)
+    for one in results:
+        np.testing.assert_allclose(one.covariance, expected, rtol=1e-10, atol=1e-12)
+        assert one.count.item() == 95
+
+
 def test_decay_weighs_old_rows_less() -> None:
     moments = Moments(1)
     moments.update(torch.tensor([[0.0], [0.0]]))

@@ -10,9 +10,18 @@ from jaxtyping import TypeCheckError
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from lightning_slim.statistics.dumitrescu_hurlin import DumitrescuHurlin
 from lightning_slim.statistics.panel import PanelGranger
-from lightning_slim.statistics.panel_rows import distinct_rows, whole_past
-from tests.statistics.worlds import auc, autoregressive, null_world, planted_inputs, planted_recurrent, randn
+from lightning_slim.statistics.panel_rows import PanelDesign, distinct_rows, whole_past
+from tests.statistics.worlds import (
+    auc,
+    autoregressive,
+    null_pairs,
+    null_world,
+    planted_inputs,
+    planted_recurrent,
+    randn,
+)
 
 ITEMS, STEPS, UNITS, TARGETS = 7, 14, 3, 2
 
@@ -62,8 +71,8 @@ def ols(batches: list[Batch], unit: int, target: int, lags: int, own: int, first
     return full, sm.OLS(np.array(y), design[:, lags:]).fit(), item
 
 
-def streamed(batches: list[Batch], **design) -> PanelGranger:
-    panel = PanelGranger(UNITS, TARGETS, **design)
+def streamed(batches: list[Batch], nulls: int = 1, **design) -> PanelGranger:
+    panel = PanelGranger(UNITS, TARGETS, PanelDesign(**design), nulls=nulls)
     for units, targets, mask, resets in batches:
         panel.update(units, targets, mask=mask, resets=resets)
     return panel
@@ -125,7 +134,7 @@ def test_a_lag_that_is_a_combination_of_others_costs_no_degree_of_freedom() -> N
     """A unit that alternates: its second lag is its first, negated."""
     sign = torch.tensor([1.0, -1.0]).repeat(STEPS // 2).double()
     units = randn(40, 1, 1) * sign[:, None]
-    panel = PanelGranger(1, 1, lags=2, nulls=0)
+    panel = PanelGranger(1, 1, PanelDesign(lags=2), nulls=0)
     panel.update(units, randn(40, STEPS, 1))
     assert panel.result().df1.item() == 1
 
@@ -146,7 +155,7 @@ def test_nothing_seen_is_defined() -> None:
 
 
 def test_a_batch_of_one_item_has_no_false_pairs() -> None:
-    panel = PanelGranger(1, 1, center="batch", nulls=2)
+    panel = PanelGranger(1, 1, PanelDesign(center="batch"), nulls=2)
     panel.update(randn(1, 50, 1), randn(1, 50, 1))
     assert panel.rows.tolist() == [49, 0, 0]
     assert panel.result().inflation.item() == 1
@@ -154,18 +163,21 @@ def test_a_batch_of_one_item_has_no_false_pairs() -> None:
 
 def test_series_that_are_too_short_and_designs_without_sense_are_refused() -> None:
     with pytest.raises(ValueError, match=r"5 steps of past .* need at least 6 steps, got 5: record longer series"):
-        PanelGranger(1, 1, lags=3, warm_up=2).update(randn(2, 5, 1), randn(2, 5, 1))
+        PanelGranger(1, 1, PanelDesign(lags=3, warm_up=2)).update(randn(2, 5, 1), randn(2, 5, 1))
     with pytest.raises(ValueError, match=r"lags of at least 1, .* got lags=0"):
-        PanelGranger(1, 1, lags=0)
+        PanelDesign(lags=0)
     with pytest.raises((ValueError, TypeCheckError), match="center"):
-        PanelGranger(1, 1, center="time")
+        PanelDesign(center="time")
     with pytest.raises(ValueError, match=r"made for 2 targets, got 1"):
         PanelGranger(1, 2).update(randn(2, 9, 1), randn(2, 9, 1))
 
 
 def test_streams_of_other_designs_do_not_merge() -> None:
+    assert PanelDesign(lags=2) == PanelDesign(lags=2, own_lags=2)
     with pytest.raises(ValueError, match=r"Streams merge when they have one design: .*'step'.*, got .*'batch'"):
-        PanelGranger(1, 1).merge(PanelGranger(1, 1, center="batch"))
+        PanelGranger(1, 1).merge(PanelGranger(1, 1, PanelDesign(center="batch")))
+    with pytest.raises(ValueError, match=r"Streams merge when they have one design: .*lags=1.*, got .*lags=2"):
+        DumitrescuHurlin(1, 1).merge(DumitrescuHurlin(1, 1, PanelDesign(lags=2)))
 
 
 def test_steps_without_a_whole_past_are_told() -> None:
@@ -184,15 +196,24 @@ def test_distinct_rows_of_windows_are_counted_once() -> None:
 # --- size and power
 
 
-def rejections(kind: str, steps: int, repeats: int, **design) -> float:
+def rejections(kind: str, steps: int, repeats: int, nulls: int = 1, center: str = "step") -> float:
     """Share of p-values below 0.05, over panels of 256 sequences in 4 batches."""
     found = []
     for _ in range(repeats):
-        panel = PanelGranger(32, 1, lags=2, **design)
+        panel = PanelGranger(32, 1, PanelDesign(lags=2, center=center), nulls=nulls)
         for _ in range(4):
             panel.update(*null_world(kind, 64, steps, 32))
         found.append((panel.result().p_value < 0.05).double().mean())
     return float(torch.stack(found).mean())
+
+
+@pytest.mark.parametrize("kind", ["independent", "feedback"])
+def test_of_many_pairs_without_a_cause_one_in_twenty_is_rejected(kind: str) -> None:
+    for nulls in (0, 1):
+        panel = PanelGranger(60, 60, PanelDesign(lags=2), nulls=nulls)
+        for _ in range(4):
+            panel.update(*null_pairs(kind, 64, 16, 60))
+        assert 0.03 <= (panel.result().p_value < 0.05).double().mean() <= 0.07
 
 
 @pytest.mark.slow
@@ -200,7 +221,7 @@ def rejections(kind: str, steps: int, repeats: int, **design) -> float:
 @pytest.mark.parametrize("kind", ["independent", "echo", "feedback", "profile"])
 def test_where_nothing_causes_one_in_twenty_is_rejected(kind: str, steps: int) -> None:
     assert 0.03 <= rejections(kind, steps, 40, nulls=0) <= 0.07
-    assert 0.02 <= rejections(kind, steps, 40) <= 0.07  # calibration only ever makes F smaller
+    assert 0.02 <= rejections(kind, steps, 40) <= 0.07  # calibration only ever makes F smaller: echoes, 0.029
 
 
 def test_the_means_of_items_would_find_causes_where_there_are_none() -> None:
@@ -214,7 +235,7 @@ def test_calibration_repairs_dependence_within_sequences_that_is_not_modelled() 
     """Two waves of one period go together within a sequence, though phases have nothing in common: F is too large."""
     raw = rejections("waves", 24, 40, nulls=0)
     assert raw > 0.1
-    assert 0.02 <= rejections("waves", 24, 40) <= 0.07
+    assert 0.03 <= rejections("waves", 24, 40) <= 0.07
 
 
 @pytest.mark.slow
@@ -225,13 +246,13 @@ def test_overlapping_windows_count_once(stride: int) -> None:
     for _ in range(40):
         x, y = autoregressive(1, 2000, 16, 0.7)[0], autoregressive(1, 2000, 1, 0.7)[0]
         index = starts[:, None] + torch.arange(32)
-        panel = PanelGranger(16, 1, lags=2, center="batch", nulls=0)
+        panel = PanelGranger(16, 1, PanelDesign(lags=2, center="batch"), nulls=0)
         panel.update(x[index], y[index])
         raw.append((panel.result().p_value < 0.05).double().mean())
         distinct = distinct_rows(starts, 32, panel.design.past)
         repaired.append((panel.result(distinct).p_value < 0.05).double().mean())
     assert float(torch.stack(raw).mean()) > 0.1
-    assert 0.03 <= float(torch.stack(repaired).mean()) <= 0.075
+    assert 0.03 <= float(torch.stack(repaired).mean()) <= 0.07
 
 
 @pytest.mark.slow
@@ -260,15 +281,15 @@ def test_states_of_trained_networks_and_outputs_of_other_items_are_no_cause() ->
                 panel.update(x, y)
             rates.append((panel.result().p_value < 0.05).double().mean())
     assert torch.stack(raw).mean() > 0.1
-    assert 0.02 <= torch.stack(calibrated).mean() <= 0.08
+    assert 0.03 <= torch.stack(calibrated).mean() <= 0.07
 
 
-def planted_aucs(make, items: int, steps: int, repeats: int) -> tuple[float, float, float]:
+def planted_aucs(make, items: int, steps: int, lags: int, repeats: int) -> tuple[float, float, float]:
     """AUC of causes against the rest, of causes and copies against the rest, and the share of echoes rejected."""
     aucs = []
     for _ in range(repeats):
         units, y, roles = make(items, steps)
-        panel = PanelGranger(units.shape[-1], 1, lags=2)
+        panel = PanelGranger(units.shape[-1], 1, PanelDesign(lags))
         for x, target in zip(units.split(32), y.split(32), strict=True):
             panel.update(x, target)
         got = panel.result()
@@ -280,14 +301,18 @@ def planted_aucs(make, items: int, steps: int, repeats: int) -> tuple[float, flo
 
 
 def test_planted_causes_are_recovered() -> None:
-    causes, useful, echoes = planted_aucs(planted_recurrent, 32, 24, 10)
+    """Copies of strong causes come before weak causes, which bounds the first: 0.895 over 40 systems, 0.909 with
+    sixteen times the data. The standard error of the mean over 40 is 0.003.
+    """
+    causes, useful, echoes = planted_aucs(planted_recurrent, 32, 24, 1, 40)
     assert causes >= 0.88
     assert useful >= 0.95
     assert echoes <= 0.15
 
 
 def test_planted_input_series_are_recovered() -> None:
-    causes, useful, echoes = planted_aucs(planted_inputs, 128, 40, 8)
+    """0.907 over 20 systems, with a standard error of 0.002."""
+    causes, useful, echoes = planted_aucs(planted_inputs, 128, 40, 2, 20)
     assert causes >= 0.90
     assert useful >= 0.97
     assert echoes <= 0.15

@@ -299,6 +299,7 @@ def test_one_in_twenty_is_rejected_where_there_is_nothing_to_find() -> None:
     values, labels = torch.randn(ROWS, 2000, dtype=torch.float64), torch.randint(CLASSES, (ROWS,))
     edges = quantile_edges(values[:200], 6)
     for got in (
+        streamed(ChiSquare(CLASSES, 2000), torch.poisson(torch.full_like(values, 2.0)), labels),
         streamed(Anova(CLASSES, 2000), values, labels),
         streamed(Correlation(1, 2000), values, torch.randn(ROWS, 1)),
         streamed(MultilabelAnova(1, 2000), values, labels[:, None] > 2),

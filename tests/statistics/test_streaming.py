@@ -22,7 +22,9 @@ from lightning_slim.statistics.frequency import Frequency
 from lightning_slim.statistics.information import MutualInformation
 from lightning_slim.statistics.joint import JointMoments
 from lightning_slim.statistics.kruskal import KruskalWallis
+from lightning_slim.statistics.moments import Moments
 from lightning_slim.statistics.panel import PanelGranger
+from lightning_slim.statistics.panel_rows import PanelDesign
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
 
 UNITS, CLASSES, BATCHES, ROWS = 6, 4, 6, 20
@@ -64,7 +66,8 @@ CASES = {
     Correlation: Case(lambda units: Correlation(2, len(units)), lambda: (values(), torch.randn(ROWS, 2).double() + 50)),
     MultilabelAnova: Case(lambda units: MultilabelAnova(3, len(units)), lambda: (values(), torch.rand(ROWS, 3) > 0.5)),
     MutualInformation: Case(lambda units: MutualInformation(EDGES[units], CLASSES), lambda: (values(), labels())),
-    PanelGranger: Case(lambda units: PanelGranger(len(units), 2, lags=2), sequences, whole=False),
+    Moments: Case(lambda units: Moments(len(units)), lambda: (values(),)),
+    PanelGranger: Case(lambda units: PanelGranger(len(units), 2, PanelDesign(lags=2)), sequences, whole=False),
     ClusteredPanel: Case(lambda units: ClusteredPanel(len(units), 2), sequences, whole=False),
     Frequency: Case(lambda units: Frequency(len(units)), lambda: (values().relu(),)),
     JointMoments: Case(
@@ -111,6 +114,13 @@ def close(one: Accumulator, other: Accumulator) -> None:
 
 def nan(result: tuple[Tensor | float, ...]) -> bool:
     return any(bool(torch.as_tensor(part).isnan().any()) for part in result)
+
+
+def without(mine: Tensor, theirs: Tensor, units: Tensor) -> Tensor:
+    """Those units, along every axis on which the other tensor has fewer."""
+    for axis, (more, fewer) in enumerate(zip(mine.shape, theirs.shape, strict=True)):
+        mine = mine.index_select(axis, units) if more != fewer else mine
+    return mine
 
 
 def joined(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -174,6 +184,16 @@ def test_keeping_units_equals_never_having_had_the_others(case: Case) -> None:
     for first, *rest in parts[3:]:
         kept.update(first[..., KEPT], *rest)
     close(kept, stream(case, parts, KEPT))
+    whole = stream(case, parts)
+    whole.keep(KEPT)  # to record and then cut is to cut and then record
+    close(whole, kept)
+
+
+@every
+def test_an_empty_batch_changes_nothing(case: Case) -> None:
+    parts = batches(case, 2)
+    nothing = tuple(part[:0] for part in parts[0])
+    close(stream(case, [nothing, parts[0], nothing, parts[1]]), stream(case, parts))
 
 
 @every
@@ -226,9 +246,7 @@ def test_a_value_that_is_not_finite_harms_its_own_unit_only(case: Case, bad: flo
     result = stream(case, parts).result()
     assert not nan(result)
     for mine, theirs in zip(map(torch.as_tensor, result), map(torch.as_tensor, expected.result()), strict=True):
-        for axis in [axis for axis in range(mine.ndim) if mine.shape[axis] != theirs.shape[axis]]:
-            mine = mine.index_select(axis, others)
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(without(mine, theirs, others), theirs, rtol=1e-9, atol=1e-12)
 
 
 @every

@@ -42,6 +42,17 @@ def null_world(kind: str, items: int, steps: int, units: int) -> tuple[Tensor, T
     raise ValueError(kind)
 
 
+def null_pairs(kind: str, items: int, steps: int, number: int) -> tuple[Tensor, Tensor]:
+    """As many units as targets, none of which causes another: one panel has as many tests as there are pairs."""
+    y = autoregressive(items, steps, number, 0.7)
+    if kind == "independent":
+        return autoregressive(items, steps, number, 0.7), y
+    x = randn(items, steps, number)  # feedback: each unit responds to its target's past
+    for t in range(1, steps):
+        x[:, t] += 0.5 * x[:, t - 1] + 0.6 * y[:, t - 1]
+    return x, y
+
+
 def planted_recurrent(items: int, steps: int) -> tuple[Tensor, Tensor, dict[str, slice]]:
     """A driven recurrent system: 16 units cause the target; copies, echoes, loud noise and dead units do not."""
     fixed = torch.Generator().manual_seed(7)

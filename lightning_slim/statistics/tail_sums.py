@@ -1,8 +1,4 @@
-"""Upper tails of the F and the chi-square distribution, as logarithms that never underflow.
-
-For whole degrees of freedom, and few of them, as tests of lags have: both tails are finite sums of positive terms then,
-several times faster than the quadrature of `distributions`, which serves any.
-"""
+"""Tails of F and chi-squared with few whole degrees of freedom, as tests of lags have: sums of positive terms."""
 
 from __future__ import annotations
 
@@ -16,49 +12,27 @@ from torch import Tensor
 TINY = 1e-300
 
 
-def f_log_sf(f: Float[Tensor, "*tests"], df_num: Int[Tensor, "*tests"], df_denom: Int[Tensor, "*tests"]) -> Tensor:
-    """log P(F > f) of the F distribution.
+def f_by_sums(
+    F: Float[Tensor, "*tests"], df1: Int[Tensor, "*tests"], df2: Float[Tensor, "*tests"]
+) -> Float[Tensor, "*tests"]:
+    """log P(F > f); 0 where `df1` is 0.
 
-    `P = I_x(d2/2, d1/2)` with `x = d2 / (d2 + d1 f)`. Raising the second argument of the regularised incomplete beta
-    function by one adds a positive term, `x^a (1-x)^b / (b B(a, b))`, so the tail is a sum of `d1/2` terms; for an odd
-    `d1` it begins with Student's t, `I_x(a, 1/2)`, by a continued fraction.
+    `P = I_x(df2/2, df1/2)` with `x = df2 / (df2 + df1 f)`. Raising the second argument of the regularised incomplete
+    beta function by one adds a positive term, `x^a (1-x)^b / (b B(a, b))`, so the tail is a sum of `df1/2` terms; for
+    an odd `df1` it begins with Student's t, `I_x(a, 1/2)`, by a continued fraction.
 
     Sources: Abramowitz and Stegun (1964), 26.5 and 26.6; Lentz (1976) for the continued fraction.
-
-    Args:
-        f: statistics, not negative.
-        df_num: whole numbers; where 0, nothing is tested and the result is 0 (p = 1).
-        df_denom: whole numbers from 1 on.
-
-    Returns:
-        Of shape `tests`, float64, at most 0 and finite where `f` is.
-
-    Example:
-        >>> f_log_sf(torch.tensor([4.0, 1e6]), torch.tensor([2, 2]), torch.tensor([10, 500]))
-        tensor([   -2.9389, -2073.5749], dtype=torch.float64)
     """
-    f = f.double()
-    return _by_whole_number(df_num, _f_log_sf, f, df_denom.double() / 2)
+    return _by_whole_number(df1, _f_log_tail, F, df2 / 2)
 
 
-def chi2_log_sf(statistic: Float[Tensor, "*tests"], df: Int[Tensor, "*tests"]) -> Tensor:
-    """log P(X > statistic) of the chi-square distribution.
+def chi2_by_sums(x: Float[Tensor, "*tests"], df: Int[Tensor, "*tests"]) -> Float[Tensor, "*tests"]:
+    """log P(X > x); 0 where `df` is 0.
 
-    `P = Q(df/2, y)` with `y = statistic / 2`: `e^-y sum_j y^j / Gamma(j + 1)` over whole `j < df/2` for an even `df`,
+    `P = Q(df/2, y)` with `y = x / 2`: `e^-y sum_j y^j / Gamma(j + 1)` over whole `j < df/2` for an even `df`,
     `erfc(sqrt y)` and the same sum over half numbers for an odd one (Abramowitz and Stegun (1964), 26.4.4 and 26.4.5).
-
-    Args:
-        statistic: not negative.
-        df: whole numbers; where 0, nothing is tested and the result is 0 (p = 1).
-
-    Returns:
-        Of shape `tests`, float64, at most 0 and finite where `statistic` is.
-
-    Example:
-        >>> chi2_log_sf(torch.tensor([9.21034, 1e4]), torch.tensor([2, 1]))
-        tensor([-4.6052e+00, -5.0048e+03], dtype=torch.float64)
     """
-    return _by_whole_number(df, _chi2_log_sf, statistic.double())
+    return _by_whole_number(df, _chi2_log_tail, x)
 
 
 def _by_whole_number(df: Tensor, tail: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
@@ -77,7 +51,7 @@ def _by_whole_number(df: Tensor, tail: Callable[..., Tensor], *arguments: Tensor
     return result
 
 
-def _f_log_sf(d1: int, f: Tensor, a: Tensor) -> Tensor:
+def _f_log_tail(d1: int, f: Tensor, a: Tensor) -> Tensor:
     odds = d1 * f / (2 * a)  # (1 - x) / x
     log_x, log_rest = -odds.log1p(), (odds / (1 + odds)).clamp_min(TINY).log()
     if d1 % 2:
@@ -93,7 +67,7 @@ def _f_log_sf(d1: int, f: Tensor, a: Tensor) -> Tensor:
     return total
 
 
-def _chi2_log_sf(df: int, statistic: Tensor) -> Tensor:
+def _chi2_log_tail(df: int, statistic: Tensor) -> Tensor:
     y = statistic / 2
     log_y = y.clamp_min(TINY).log()
     if df % 2:
