@@ -69,18 +69,18 @@ def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> d
     """
     reasons = {}
     with untouched(model):
-        shapes = [output.shape for output in _outputs(model, calls)]
+        shapes = [output.shape for output in outputs(model, calls)]
         for group in groups:
             for i, path in enumerate(group.blocks):
                 with without(model, [group], {group.name: torch.arange(group.size) != i}):
                     try:
-                        outputs = _outputs(model, calls)
+                        made = outputs(model, calls)
                     except Exception as error:  # whatever a user's forward raises without a block
                         reasons[path] = _failure(error).replace("them", "it")
                         continue
-                if [output.shape for output in outputs] != shapes:
+                if [output.shape for output in made] != shapes:
                     reasons[path] = "the shape of an output changes without it"
-                elif not all(bool(output.isfinite().all()) for output in outputs):
+                elif not all(bool(output.isfinite().all()) for output in made):
                     reasons[path] = "an output is not finite without it"
     return reasons
 
@@ -154,12 +154,67 @@ def compare(
     with untouched(model), without(model, groups, blocks):
         if blocks:
             try:
-                _outputs(model, calls)
+                outputs(model, calls)
             except Exception as error:  # whatever a user's forward raises without some blocks
                 return _failure(error)
         return _compare_units(
             model, standing, {n: m for n, m in plan.items() if n in left - blocks.keys()}, calls, modes
         )
+
+
+def hearing(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    plan: Mapping[str, Bool[Tensor, "units"]],
+    calls: Calls,
+    changed: Calls,
+) -> str:
+    """What still hears units that are given to a model when the columns that read them are zero.
+
+    Args:
+        model: left as it was.
+        groups: the columns that read what is given.
+        plan: which of them are not zero.
+        calls: the networks of the model, each with one call.
+        changed: the same calls with other values in the units that are not read.
+
+    Returns:
+        The first layer that does more than carry them, or else the network; empty if nothing hears them.
+    """
+    own = {reader.layer for group in groups for reader in group.readers}
+    kinds = {name: layer_kind(layer) for name, layer in model.named_modules()}
+    inner = {name for name, layer in model.named_modules() if any(True for _ in layer.parameters())}
+    inner -= {name for name in inner if kinds[name] is None and any(True for _ in model.get_submodule(name).children())}
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: object, kwargs: object, result: object) -> None:
+            seen.setdefault(name, []).extend(x for x in tree_leaves((args, kwargs)) if _is_real(x))
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in inner - own]
+    try:
+        with untouched(model), _loud(model), _unread(model, groups, plan):
+            before, heard = outputs(model, calls), dict(seen)
+            seen.clear()
+            after = outputs(model, changed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(_differs(a, b) for a, b in zip(before, after, strict=True)):
+        return ""
+    for name, given in heard.items():
+        kind = kinds[name]
+        carries = kind is not None and kind.channel_axis is None and not kind.mixes_channels
+        if not carries and any(_differs(a, b) for a, b in zip(given, seen[name], strict=True)):
+            return f"{name} ({type(model.get_submodule(name)).__name__}), too"
+    return f"an output of {', '.join(name or type(model).__name__ for name in calls)}, too"
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    """By more than rounding."""
+    return bool(a.numel()) and float((a - b).abs().max()) > 1e-5 * float(a.abs().max())
 
 
 def _failure(error: Exception) -> str:
@@ -176,15 +231,15 @@ def _compare_units(
 ) -> str:
     read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
     with _unmixed(model), untied(model, read), _unread(model, groups, plan):
-        before = _outputs(model, calls)
+        before = outputs(model, calls)
         trains = any(modes.values()) and _runs(model, calls, modes)
     cuts = remove_units(model, groups, plan)
     try:
         with _unmixed(model):
-            after = _outputs(model, calls)
+            after = outputs(model, calls)
         if trains:
             _set_modes(modes)
-            _outputs(model, calls)
+            outputs(model, calls)
     except Exception as error:  # whatever a user's forward raises on other widths
         return _failure(error)
     finally:
@@ -202,7 +257,7 @@ def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bo
     with untouched(model):
         _set_modes(modes)
         try:
-            _outputs(model, calls)
+            outputs(model, calls)
         except Exception:  # it is the cut that is on trial, not the example
             return False
     return True
@@ -237,13 +292,14 @@ def _apart(packs: Iterable[Sequence[UnitGroup]]) -> list[list[Plan]]:
     return rounds
 
 
-def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
-    outputs: list[Tensor] = []
+def outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
+    """What the networks return for their calls, in the modes they are in: tensors of numbers only."""
+    made: list[Tensor] = []
     for name, (args, kwargs, _) in calls.items():
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            outputs.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if _is_real(leaf))
-    return outputs
+            made.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if _is_real(leaf))
+    return made
 
 
 def _is_real(leaf: object) -> bool:
