@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.ties import half_tied
-from lightning_slim.surgery.verify import Calls, hearing, outputs
+from lightning_slim.surgery.verify import Calls, hearing, loud, outputs
 from lightning_slim.units import Plan, Reader, Span, UnitGroup
 from lightning_slim.weight_norm import obstacle, weight_norm_of
 
@@ -89,31 +89,34 @@ def find_entries(calls: Calls, inputs: Tensor, axis: int) -> dict[str, Entry]:
     return entries
 
 
-def find_inputs(model: nn.Module, calls: Calls, entries: Mapping[str, Entry], removable: Tensor) -> InputUnits:
+def find_inputs(
+    model: nn.Module, calls: Calls, entries: Mapping[str, Entry], removable: Bool[Tensor, "features"]
+) -> InputUnits:
     """Finds all layers that read the inputs.
 
     Each feature is changed in a set of runs of its own (those of the ones and zeros of its number in binary), so that
     twice the logarithm of their number of runs says for every column of every layer whether it reads one feature, and
-    which. Whatever moves channels without mixing them may lie between: transpositions, padding, flattening, batch
-    normalisation, functions of each value. That nothing else hears the inputs is tried, too.
+    which; as many more, in which these layers return zeros, say whether it does so directly. Whatever moves channels
+    without mixing them may lie between: transpositions, padding, flattening, batch normalisation, functions of each
+    value. That nothing else hears the inputs is tried, too.
 
     Args:
         model: left as it is.
         calls: its networks, each with one call.
         entries: where the inputs enter; what `find_entries` returned, of at least one network.
-        removable: `Bool[Tensor, "features"]`: which features may go.
+        removable: which features may go.
 
     Raises:
         InputError: something other than linear, convolutional and recurrent layers hears a removable feature.
     """
     size = len(removable)
     within = {name: calls[name] for name in entries}
-    heard = _responses(model, within, entries, size)
+    heard, directly = (_responses(model, within, entries, size, hushed) for hushed in (False, True))
     groups, features = [], {}
-    for name, (channels, codes) in heard.items():
-        single = (codes.sum(-1) == 1).all(-1)
+    for name, codes in heard.items():
+        single = (codes.sum(-1) == 1).all(-1) & (codes == directly[name]).all((1, 2))
         number = (codes[..., 1].long() << torch.arange(codes.shape[1])).sum(-1)
-        group = _group(model, name, channels)
+        group = _group(model, name, len(codes))
         if bool(single.any()) and not half_tied(model, group.spans):
             groups.append(group)
             features[group.name] = torch.where(single, number, -1)
@@ -138,12 +141,12 @@ def _arguments(call: Example) -> tuple[Any, ...]:
 
 
 def _responses(
-    model: nn.Module, calls: Calls, entries: Mapping[str, Entry], size: int
-) -> dict[str, tuple[int, Bool[Tensor, "columns bits values"]]]:
-    """Layer -> columns, and which of them change with the features whose number has a bit of that value."""
+    model: nn.Module, calls: Calls, entries: Mapping[str, Entry], size: int, hushed: bool
+) -> dict[str, Bool[Tensor, "columns bits values"]]:
+    """Layer -> which of its columns change with the features whose number has a bit of that value."""
     bits = max(1, (size - 1).bit_length())
     numbers = torch.arange(size)
-    with _watching(model) as seen:
+    with _watching(model, hushed) as seen:
         outputs(model, _changed(calls, entries, torch.zeros(size).bool()))
         before = {name: list(given) for name, given in seen.items()}
         found = {name: torch.zeros(given[0].shape[-1], bits, 2).bool() for name, given in before.items()}
@@ -154,12 +157,15 @@ def _responses(
                 for name, given in seen.items():
                     for a, b in zip(before[name], given, strict=True):
                         found[name][:, bit, value] |= (a != b).flatten(0, -2).any(0).cpu()
-    return {name: (len(codes), codes) for name, codes in found.items()}
+    return found
 
 
 @contextmanager
-def _watching(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What arrives at layers whose columns could be cut, channels last; in eval mode."""
+def _watching(model: nn.Module, hushed: bool) -> Iterator[dict[str, list[Tensor]]]:
+    """What arrives at layers whose columns could be cut, channels last; in eval mode.
+
+    Hushed, these layers say nothing: what still arrives did not come through another one of them.
+    """
     seen: dict[str, list[Tensor]] = {}
 
     def watch(name: str, axis: int) -> Any:
@@ -171,15 +177,28 @@ def _watching(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         return hook
 
     readers = {name: layer for name, layer in model.named_modules() if _may_read(layer)}
-    handles = [
-        layer.register_forward_pre_hook(watch(name, _axis(layer)), with_kwargs=True) for name, layer in readers.items()
-    ]
+    handles = []
+    for name, layer in readers.items():
+        handles.append(layer.register_forward_pre_hook(watch(name, _axis(layer)), with_kwargs=True))
+        if hushed:
+            handles.append(layer.register_forward_hook(_hush))
     try:
-        with untouched(model), torch.no_grad():
+        with untouched(model), torch.no_grad(), loud(model):
             yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hush(layer: nn.Module, args: Any, result: Any) -> Any:
+    """A forward hook: zeros instead of a result."""
+
+    def zeros(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return PackedSequence(zeros(leaf.data), leaf.batch_sizes, leaf.sorted_indices, leaf.unsorted_indices)
+        return torch.zeros_like(leaf)
+
+    return tree_map(zeros, result, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
 def _may_read(layer: nn.Module) -> bool:

@@ -55,7 +55,7 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
         return unfit(together[:middle]) | unfit(together[middle:])
 
     reasons: dict[str, str] = {}
-    with _loud(model):
+    with loud(model):
         for together in filter(None, _apart(packs.values())):
             reasons |= unfit(together)
     return reasons
@@ -102,7 +102,7 @@ def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, s
     """
     packs: dict[str, str] = {}
     alone = [group for group in groups if group.name in unfit and not group.pack]
-    with _loud(model):
+    with loud(model):
         for stream in (group for group in alone if group.name not in packs):
             members = [stream, *(group for group in alone if _fills(group, stream) or _beside(group, stream))]
             steps = min(group.size for group in members)
@@ -195,7 +195,7 @@ def hearing(
 
     handles = [model.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in inner - own]
     try:
-        with untouched(model), _loud(model), _unread(model, groups, plan):
+        with untouched(model), loud(model), _unread(model, groups, plan):
             before, heard = outputs(model, calls), dict(seen)
             seen.clear()
             after = outputs(model, changed)
@@ -370,7 +370,7 @@ def _saved(model: nn.Module, span: Span, at: Int[Tensor, "columns"]) -> Callable
 
 @contextmanager
 @torch.no_grad()
-def _loud(model: nn.Module) -> Iterator[None]:
+def loud(model: nn.Module) -> Iterator[None]:
     """Makes quiet weights loud, for the time being.
 
     Zeros become random numbers; matrices get at least the size at which signals neither fade nor explode. Otherwise a

@@ -147,6 +147,15 @@ def test_any_number_of_features_is_told_apart(features: int) -> None:
     assert [at.tolist() for at in found.features.values()] == [[*range(features)]]
 
 
+def test_what_comes_through_a_layer_is_no_input() -> None:
+    """A hidden unit that reads one input yet will read all of them."""
+    network, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), inputs(2)
+    network[0].weight.data = torch.eye(6)
+    found, _ = find(network, x, 2)
+    assert [group.name for group in found.groups] == ["inputs of 0"]
+    assert torch.equal(network[0].weight, torch.eye(6))
+
+
 class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
