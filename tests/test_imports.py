@@ -31,13 +31,16 @@ MAY_IMPORT = {
     "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
     "report": {"profile", "surgery", "weight_norm"},
+    "input_evidence": {"statistics"},
+    "input_screener": {"eager", "history", "input_evidence", "surgery", "units"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "pruner": {
         "budgets", "candidates", "costs", "folding", "history", "profile", "recording", "schedules", "scores",
         "selection", "skipping", "statistics", "surgery", "units", "weight_norm",
     },
     "callbacks": {
-        "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "history", "pruner", "report",
+        "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "history", "input_evidence",
+        "input_screener", "pruner", "report",
         "schedules", "scores", "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
