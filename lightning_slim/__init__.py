@@ -1,9 +1,9 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
 from lightning_slim.budgets import Budget, MACs, Significant, Units
-from lightning_slim.callbacks import GrangerPrune, Prune
+from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune
 from lightning_slim.checkpoint import load_from_checkpoint
-from lightning_slim.history import History, PruningEvent
+from lightning_slim.history import History, PruningEvent, ScreeningEvent
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
@@ -48,6 +48,7 @@ __all__ = [
     "Granger",
     "GrangerPrune",
     "History",
+    "InputScreening",
     "Lamp",
     "Linear",
     "MACs",
@@ -66,6 +67,7 @@ __all__ = [
     "Schedule",
     "Score",
     "Screening",
+    "ScreeningEvent",
     "Significant",
     "Taylor",
     "UnitGroup",

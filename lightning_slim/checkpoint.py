@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_slim.surgery import drop, dropped, forget_blocks, grow_back, resize_to
+from lightning_slim.surgery import drop, dropped, forget_blocks, grow_back, resize_to, selections, set_selections
 from lightning_slim.units import named_tensors
 
 KEY = "lightning_slim"
@@ -29,8 +29,13 @@ def remember_cut(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def sign(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Writes into a checkpoint which tensors were cut, and which blocks dropped; shapes stand in its state dict."""
-    checkpoint[KEY] = {"version": VERSION, "tensors": sorted(cut_tensors(model)), "dropped": dropped(model)}
+    """Writes into a checkpoint what was cut, dropped and selected; shapes stand in its state dict."""
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "tensors": sorted(cut_tensors(model)),
+        "dropped": dropped(model),
+        "selected": selections(model),
+    }
 
 
 def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = False) -> None:
@@ -60,6 +65,7 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = Fals
         tensors = {n: t for n, t in named_tensors(model).items() if n in state and not is_lazy(t)}
         names = {n for n, t in tensors.items() if t.ndim == state[n].ndim and t.shape != state[n].shape}
     remember_cut(model, names)
+    set_selections(model, signature.get("selected", selections(model)))
     resize_to(model, {name: state[name].shape for name in names & state.keys()})
 
 

@@ -46,6 +46,46 @@ class PruningEvent:
         )
 
 
+@dataclass(frozen=True)
+class ScreeningEvent:
+    """One choice of inputs.
+
+    Attributes:
+        step: optimizer steps taken before it.
+        test: which test chose.
+        alpha: share of false discoveries that was allowed.
+        kept: names of the inputs that are still read.
+        removed: names of those that are no longer.
+        adjusted_p: name -> p-value, adjusted by Benjamini and Hochberg.
+        effect: name -> size of the effect: Geweke's measure in nats, eta-squared or r-squared.
+        significant: how many inputs are discoveries.
+    """
+
+    step: int
+    test: str
+    alpha: float
+    kept: list[str]
+    removed: list[str]
+    adjusted_p: dict[str, float]
+    effect: dict[str, float]
+    significant: int
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: {len(self.kept)} of {len(self.adjusted_p)} inputs left ({self.test}, "
+            f"{self.significant} significant at a false discovery rate of {self.alpha:g}): {', '.join(self.kept)}"
+        )
+
+    def to_markdown(self) -> str:
+        """A Markdown table of all inputs, those of most effect first."""
+        lines = ["| input | stays | adjusted p | effect |", "|---|---|---:|---:|"]
+        stays = set(self.kept)
+        for name in sorted(self.effect, key=self.effect.__getitem__, reverse=True):
+            answer = "yes" if name in stays else "no"
+            lines.append(f"| {name} | {answer} | {self.adjusted_p[name]:.3g} | {self.effect[name]:.4f} |")
+        return "\n".join(lines) + "\n"
+
+
 @dataclass
 class History:
     """All events of a run, in order."""

@@ -99,6 +99,11 @@ class UnitGroup:
         return [path for path, stays in zip(self.blocks, keep.tolist(), strict=False) if not stays]
 
     @property
+    def given(self) -> bool:
+        """Whether nothing makes the units: they are inputs of the network, which its data go on having."""
+        return not self.blocks and all(span.role == "in" for span in self.spans)
+
+    @property
     def layers(self) -> set[str]:
         """Dotted names of the modules that own the group's tensors."""
         if self.blocks:

@@ -35,14 +35,17 @@ MAY_IMPORT = {
     "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
     "report": {"profile", "surgery", "weight_norm"},
+    "input_evidence": {"statistics"},
+    "input_screener": {"eager", "history", "input_evidence", "surgery", "units"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "pruner": {
         "budgets", "candidates", "costs", "folding", "guards", "history", "patches", "profile", "recording",
         "schedules", "scores", "selection", "skipping", "statistics", "surgery", "units", "weight_norm", "witness",
     },
     "callbacks": {
-        "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "losses",
-        "pruner", "report", "schedules", "scores", "selection", "skipping", "surgery", "weight_norm",
+        "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
+        "input_screener", "losses", "pruner", "report", "schedules", "scores", "selection", "skipping", "surgery",
+        "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

@@ -313,6 +313,16 @@ def test_nan_evidence_is_refused_before_the_cut() -> None:
     assert network.c1.out_channels == 8
 
 
+def test_activations_that_are_not_finite_are_refused_before_the_cut() -> None:
+    network, x = Mixed(), images(0)[0]
+    pruner = prepared(network, x, Granger())
+    with pruner.recording():
+        network(x * torch.inf)
+    with pytest.raises(ValueError, match="Expected finite activations, got NaN or infinity from c1: the run has div"):
+        pruner.step(0.5)
+    assert network.c1.out_channels == 8
+
+
 def test_where_rounding_leaves_nothing_to_remove_there_is_a_warning() -> None:
     network = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 2))
     pruner = prepared(network, torch.randn(2, 4), selection=Selection(round_to=8), budget=Units(0.9))

@@ -2,6 +2,7 @@
 
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.granger_prune import GrangerPrune
+from lightning_slim.callbacks.input_screening import InputScreening
 from lightning_slim.callbacks.prune import Prune
 
-__all__ = ["GrangerPrune", "Prune", "SlimCallback"]
+__all__ = ["GrangerPrune", "InputScreening", "Prune", "SlimCallback"]

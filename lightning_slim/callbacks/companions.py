@@ -31,6 +31,11 @@ def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange) 
             hook(change)
 
 
+def undecided(trainer: Trainer) -> bool:
+    """Whether another callback is still going to choose the inputs: what is left to remove is known after that."""
+    return any(getattr(callback, "undecided", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def is_ddp(strategy: Any) -> bool:
     """Whether a strategy wraps the module in DistributedDataParallel; by name, for both import names of Lightning."""
     return "DDPStrategy" in {c.__name__ for c in type(strategy).__mro__}

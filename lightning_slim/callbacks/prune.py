@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
+from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
 from lightning_slim.callbacks.replay import replay
 from lightning_slim.candidates import Granularity
 from lightning_slim.capture import capture_calls, capture_outputs
@@ -194,6 +194,8 @@ class Prune(SlimCallback):
         if batch_idx == 0:
             self._recalibrating.close()
         self._watching.close()  # a module that returns -1 from this hook skips the end of the batch
+        if undecided(trainer):
+            return
         self._cut_if_due(trainer, pl_module, batch_idx)
         due = self._batches % self.record_every_n_steps == 0
         if not self.pruner.calls or (due and not self.history.events):
@@ -214,6 +216,8 @@ class Prune(SlimCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._watching.close()
+        if undecided(trainer):
+            return
         self._tell(outputs, batch)
         calls, self._calls = self._calls, {}
         new = calls.keys() - self.pruner.networks

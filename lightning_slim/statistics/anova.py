@@ -66,6 +66,12 @@ class Anova(Pivoted):
         self.total.index_add_(0, labels, values)
         self.square += torch.linalg.vecdot(values, values, dim=0)
 
+    def grow(self, classes: int) -> None:
+        """Makes room for more classes, if there are fewer than so many; none of them was seen yet."""
+        missing = max(classes - len(self.count), 0)
+        self.count = torch.cat([self.count, self._zeros(missing)])
+        self.total = torch.cat([self.total, self._zeros(missing, self.total.shape[1])])
+
     def result(self) -> Screening:
         """The test of every unit; `statistic` is F and `effect` is eta-squared, both `[units]`."""
         rows, classes = self.count.sum(), (self.count > 0).sum()

@@ -6,6 +6,7 @@ from lightning_slim.surgery.cut import Cut, StructureChange, forget_blocks, remo
 from lightning_slim.surgery.example import Example
 from lightning_slim.surgery.groups import Survey, find_groups, survey
 from lightning_slim.surgery.optimizer import migrate
+from lightning_slim.surgery.selecting import selections, set_selections
 from lightning_slim.surgery.work import find_work
 
 __all__ = [
@@ -26,5 +27,7 @@ __all__ = [
     "remove_units",
     "resize_to",
     "restore",
+    "selections",
+    "set_selections",
     "survey",
 ]

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_slim.surgery.blocks import Dropped, drop, put_back
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.layers.attention import WIDTH
+from lightning_slim.surgery.selecting import follow_width, select, selection_of
 from lightning_slim.units import Plan, UnitGroup, named_tensors, renumber
 from lightning_slim.weight_norm import weight_norm_of, weight_norms
 
@@ -70,7 +71,8 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
     """Cuts the units that a plan does not keep out of a model.
 
     All new tensors are made before the first is put in place, so that a failure leaves the model as it was. Attributes
-    such as `out_features` follow the shapes. Ties stay ties. Under weight norm, the weights that stay are those that
+    such as `out_features` follow the shapes. Ties stay ties. Layers that read given units are handed those that stay
+    (see `selecting`). Under weight norm, the weights that stay are those that
     the layer computed with before. The random state is not touched.
 
     Args:
@@ -95,6 +97,10 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
     for name, mask in blocks.items():
         for path in by_name[name].removed_blocks(mask):
             cuts += _drop(model, path, by_name[name].results)
+    for name, group in standing.items():
+        if group.given and name in plan:
+            for layer, axis in {reader.layer: reader.axis for reader in group.readers}.items():
+                select(model.get_submodule(layer), axis, plan[name])
     _replace(model, {id(cut.old): cut.new for cut in cuts if cut.new is not None})
     return cuts
 
@@ -239,6 +245,8 @@ def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
             norm.refresh()
         if kind is not None:
             kind.refresh(module)
+            if selection_of(module) is not None:
+                follow_width(module, len(kind.places(module, "in")[0].index))
 
 
 def _follow(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> None:

@@ -56,7 +56,7 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
         return unfit(together[:middle]) | unfit(together[middle:])
 
     reasons: dict[str, str] = {}
-    with _loud(model):
+    with loud(model):
         for together in filter(None, _apart(packs.values())):
             reasons |= unfit(together)
     return reasons
@@ -70,18 +70,18 @@ def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> d
     """
     reasons = {}
     with untouched(model):
-        shapes = [output.shape for output in _outputs(model, calls)]
+        shapes = [output.shape for output in outputs(model, calls)]
         for group in groups:
             for i, path in enumerate(group.blocks):
                 with without(model, [group], {group.name: torch.arange(group.size) != i}):
                     try:
-                        outputs = _outputs(model, calls)
+                        made = outputs(model, calls)
                     except Exception as error:  # whatever a user's forward raises without a block
                         reasons[path] = _failure(error).replace("them", "it")
                         continue
-                if [output.shape for output in outputs] != shapes:
+                if [output.shape for output in made] != shapes:
                     reasons[path] = "the shape of an output changes without it"
-                elif not all(bool(output.isfinite().all()) for output in outputs):
+                elif not all(bool(output.isfinite().all()) for output in made):
                     reasons[path] = "an output is not finite without it"
     return reasons
 
@@ -103,7 +103,7 @@ def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, s
     """
     packs: dict[str, str] = {}
     alone = [group for group in groups if group.name in unfit and not group.pack]
-    with _loud(model):
+    with loud(model):
         for stream in (group for group in alone if group.name not in packs):
             members = [stream, *(group for group in alone if _fills(group, stream) or _beside(group, stream))]
             steps = min(group.size for group in members)
@@ -155,7 +155,7 @@ def compare(
     with untouched(model), without(model, groups, blocks):
         if blocks:
             try:
-                _outputs(model, calls)
+                outputs(model, calls)
             except Exception as error:  # whatever a user's forward raises without some blocks
                 return _failure(error)
         return _compare_units(
@@ -177,15 +177,15 @@ def _compare_units(
 ) -> str:
     read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
     with _unmixed(model), untied(model, read), unread(model, groups, plan):
-        before = _outputs(model, calls)
+        before = outputs(model, calls)
         trains = any(modes.values()) and _runs(model, calls, modes)
     cuts = remove_units(model, groups, plan)
     try:
         with _unmixed(model):
-            after = _outputs(model, calls)
+            after = outputs(model, calls)
         if trains:
             _set_modes(modes)
-            _outputs(model, calls)
+            outputs(model, calls)
     except Exception as error:  # whatever a user's forward raises on other widths
         return _failure(error)
     finally:
@@ -203,7 +203,7 @@ def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bo
     with untouched(model):
         _set_modes(modes)
         try:
-            _outputs(model, calls)
+            outputs(model, calls)
         except Exception:  # it is the cut that is on trial, not the example
             return False
     return True
@@ -238,16 +238,17 @@ def _apart(packs: Iterable[Sequence[UnitGroup]]) -> list[list[Plan]]:
     return rounds
 
 
-def _outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
-    outputs: list[Tensor] = []
+def outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
+    """What the networks return for their calls, in the modes they are in: tensors of numbers only."""
+    made: list[Tensor] = []
     for name, (args, kwargs, _) in calls.items():
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            outputs.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if _is_real(leaf))
-    return outputs
+            made.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if is_real(leaf))
+    return made
 
 
-def _is_real(leaf: object) -> bool:
+def is_real(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
@@ -286,7 +287,7 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 @torch.no_grad()
-def _loud(model: nn.Module) -> Iterator[None]:
+def loud(model: nn.Module) -> Iterator[None]:
     """Makes quiet weights loud, for the time being.
 
     Zeros become random numbers; matrices get at least the size at which signals neither fade nor explode. Otherwise a

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_slim import Granger
+from lightning_slim import Granger, InputScreening
 from tests.callbacks.runs import Lit, loader, trainer
+from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
 from tests.callbacks.test_resume import prune
 
@@ -50,8 +52,12 @@ class WriteDown(Callback):
 def main() -> None:
     torch.set_num_threads(1)
     folder, kind, strategy, *checkpoint = sys.argv[1:]
-    blocks = kind == "blocks"
-    callback = both(Granger(0)) if blocks else prune(kind)
+    if kind == "inputs":
+        model, callback, data = Classifier(), InputScreening(), batches(Subset(digits()[0], range(1792)))
+    elif kind == "blocks":
+        model, callback, data = Deep(), both(Granger(0)), loader(64)
+    else:
+        model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
     fit = trainer(
         folder,
@@ -60,10 +66,11 @@ def main() -> None:
         ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
         strategy=DDPStrategy(process_group_backend="gloo", **STRATEGIES[strategy]),
         devices=2,
+        max_epochs=2 if kind == "inputs" else 6,
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
-    fit.fit(Deep() if blocks else Lit(), loader(64), ckpt_path=checkpoint[0] if checkpoint else None)
-    assert len(callback.history.events) == 2
+    fit.fit(model, data, ckpt_path=checkpoint[0] if checkpoint else None)
+    assert callback.event if kind == "inputs" else len(callback.history.events) == 2
 
 
 if __name__ == "__main__":

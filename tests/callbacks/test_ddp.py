@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.feature_selection import f_classif
+from statsmodels.stats.multitest import multipletests
 
+from tests.callbacks.screened import digits
 from tests.networks import same
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
@@ -73,3 +77,19 @@ def test_ranks_lose_the_same_blocks(tmp_path: Path) -> None:
     resumed, other = run(tmp_path / "resumed", "blocks", "plain", str(tmp_path / "straight" / "epoch=2.ckpt"))
     assert all(equal(a, b) for a, b in zip(resumed, other, strict=True))
     assert resumed[-1]["weights"].keys() == first[-1]["weights"].keys()
+
+
+@pytest.mark.slow
+def test_ranks_choose_the_inputs_by_the_evidence_of_all(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "inputs", "plain")
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    data, _ = digits()
+    x, y = (part[:1792].numpy() for part in data.tensors)
+    p, moves = np.ones(96), x.std(0) > 0
+    p[moves] = f_classif(x[:, moves].astype(float), y)[1]
+    rejected, adjusted, *_ = multipletests(p, 0.05, "fdr_bh")
+    assert first[-1]["weights"]["net.1.weight"].shape == (16, rejected.sum())
+    rows = [line.split("|")[1:4] for line in (tmp_path / "inputs.md").read_text().splitlines()[2:]]
+    for name, stays, value in rows:
+        assert stays.strip() == ("yes" if rejected[int(name)] else "no")
+        assert float(value) == pytest.approx(adjusted[int(name)], rel=6e-3)

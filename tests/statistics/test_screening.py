@@ -136,6 +136,16 @@ def test_one_row_a_class_or_one_class_tells_nothing() -> None:
     untestable(streamed(MutualInformation(quantile_edges(values, 8), 4), values[:4], torch.zeros(4, dtype=torch.long)))
 
 
+def test_room_is_made_for_classes_that_come_later() -> None:
+    x, labels = torch.randn(60, 3, dtype=torch.float64), torch.arange(60) // 20
+    anova = Anova(classes=1, units=3)
+    for part in range(3):
+        anova.grow(part + 1)
+        anova.update(x[labels == part], labels[labels == part])
+    anova.grow(2)  # there are more already
+    np.testing.assert_allclose(anova.result().statistic, f_classif(x.numpy(), labels.numpy())[0], rtol=1e-10)
+
+
 def test_a_class_without_rows_does_not_count() -> None:
     values, labels = data()
     labels[labels == 2] = 3
