@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from lightning_slim.patches import with_patches
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Evidence, Need, Reading, Score, UnitScores
-from lightning_slim.selection import Selection, comparable, plan_for
+from lightning_slim.selection import Selection, comparable, plan_for, steepness
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.statistics import Moments
 from lightning_slim.surgery import (
@@ -48,6 +49,7 @@ from lightning_slim.units import (
     columns,
     coupled_rows,
     from_state,
+    most_important_first,
     named_tensors,
     renumber,
     rows,
@@ -351,6 +353,7 @@ class Pruner:
     def _plan(self, progress: float, scores: Mapping[str, UnitScores]) -> Plan:
         importance = {name: found.importance for name, found in scores.items()}
         across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
+        across |= self._steepness(scores) if self.selection.scope == "global" else {}
         costs = self.costs
         if self.alpha is not None:
             tested = {name: found.log_p for name, found in scores.items() if found.log_p is not None}
@@ -361,6 +364,18 @@ class Pruner:
             importance = {name: values + above.get(name, 0.0) for name, values in importance.items()}
         widths = self.selection.fit(self.asked(progress), self.budget, costs, self.widths, across)
         return plan_for(widths, importance)
+
+    def _steepness(self, scores: Mapping[str, UnitScores]) -> dict[str, Float[Tensor, "units"]]:
+        """What units that were chosen greedily add for what they cost, unit by unit."""
+        curves = {name: found.calibration.explained for name, found in scores.items() if found.calibration is not None}
+        widths = self.widths
+        whole = self.budget.remaining(self.costs, widths)
+        fewer = {name: {**widths, name: widths[name] - 1} for name in curves}
+        slopes = steepness(curves, {name: whole - self.budget.remaining(self.costs, fewer[name]) for name in curves})
+        of_units = {name: torch.zeros_like(slope) for name, slope in slopes.items()}
+        for name, slope in slopes.items():
+            of_units[name][most_important_first(scores[name].importance)] = slope
+        return of_units
 
     def _evidence(self, group: UnitGroup) -> Evidence:
         generator = torch.Generator().manual_seed(

@@ -24,7 +24,8 @@ class Selection:
 
     Attributes:
         scope: `"local"`: every group keeps the same fraction of its original units; `"global"`: the units with the
-            highest importance stay, wherever they are.
+            highest importance stay, wherever they are; of units that are chosen greedily, those that add most for
+            what they cost.
         round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes.
     """
 
@@ -144,6 +145,39 @@ def comparable(importance: Float[Tensor, "units"]) -> Float[Tensor, "units"]:
     """Importance relative to its group's mean, so that layers of different scale compare (Molchanov et al., 2017)."""
     mean = importance.mean()
     return importance / mean if mean > 0 else importance
+
+
+def steepness(
+    curves: Mapping[str, Float[Tensor, "units"]], costs: Mapping[str, float]
+) -> dict[str, Float[Tensor, "chosen"]]:
+    """What each chosen unit of each group adds for what it costs, relative to the mean over all groups.
+
+    Where units are chosen greedily, each group has a curve: how much its first 1, 2, ... chosen units explain. A budget
+    for all groups is spent best where the curve is steepest. Curves are replaced by their concave hulls, so that a unit
+    never adds more than one that was chosen before it.
+
+    Args:
+        curves: group -> what the first chosen units explain, one more at a time, as shares that compare across groups.
+        costs: group -> what one unit costs, in any unit.
+
+    Example:
+        >>> {name: s.tolist() for name, s in steepness({"a": torch.tensor([0.6, 1.0])}, {"a": 2.0}).items()}
+        {'a': [1.2000000476837158, 0.800000011920929]}
+    """
+    slopes = {name: _concave_slopes(curve) / max(costs[name], 1e-12) for name, curve in curves.items()}
+    mean = float(torch.cat(list(slopes.values())).mean()) if slopes else 1.0
+    return {name: slope / max(mean, 1e-300) for name, slope in slopes.items()}
+
+
+def _concave_slopes(curve: Float[Tensor, "units"]) -> Float[Tensor, "units"]:
+    """Slopes of the least concave curve from 0 that is nowhere below: isotonic regression of its steps."""
+    blocks: list[tuple[float, int]] = []  # mean step, length
+    for step in curve.diff(prepend=curve.new_zeros(1)).tolist():
+        blocks.append((step, 1))
+        while len(blocks) > 1 and blocks[-1][0] > blocks[-2][0]:
+            (later, m), (before, n) = blocks.pop(), blocks.pop()
+            blocks.append(((later * m + before * n) / (m + n), m + n))
+    return torch.cat([curve.new_full((length,), slope) for slope, length in blocks])
 
 
 def _most_important(

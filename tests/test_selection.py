@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from sklearn.isotonic import IsotonicRegression
+from torch import nn
 
-from lightning_slim import MACs, Units, find_groups
+from lightning_slim import Granger, MACs, OneShot, Pruner, Units, find_groups
 from lightning_slim.costs import Costs
-from lightning_slim.selection import Selection, plan_for
+from lightning_slim.selection import Selection, plan_for, steepness
 from lightning_slim.surgery import Example, find_work
 from lightning_slim.units import MIN_UNITS
 from tests.networks import Mixed, images
@@ -71,3 +74,35 @@ def test_the_most_important_units_stay_and_ties_go_to_the_first() -> None:
 def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Selection(**kwargs)
+
+
+def test_a_curve_is_as_steep_as_isotonic_regression_says() -> None:
+    gains = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 30
+    curves = {"a": gains[:20].cumsum(0), "b": gains[20:].cumsum(0)}
+    found = steepness(curves, {"a": 1.0, "b": 4.0})
+    expected = [
+        IsotonicRegression(increasing=False).fit_transform(range(len(part)), part) / cost
+        for part, cost in ((gains[:20].numpy(), 1.0), (gains[20:].numpy(), 4.0))
+    ]
+    np.testing.assert_allclose(
+        torch.cat(list(found.values())), np.concatenate(expected) / np.concatenate(expected).mean()
+    )
+
+
+def test_the_budget_is_spent_where_the_curve_is_steepest() -> None:
+    """Two groups of one cost: of twelve units, one group needs two and the other all."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+    with torch.no_grad():
+        network[0].weight[2:] = network[0].weight[:2].repeat(5, 1) + 0.01 * torch.randn(10, 12)
+        network[0].bias[2:] = network[0].bias[:2].repeat(5)
+        network[2].weight.mul_(3)
+    x = torch.randn(500, 12)
+    pruner = Pruner(network, Granger(0), Units(0.5), OneShot(0.5), selection=Selection("global"))
+    pruner.prepare(x[:2])
+    with pruner.recording():
+        network(x)
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.widths["0"] <= 4
+    assert event.widths["0"] + event.widths["2"] == 12
