@@ -24,7 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.digits import DigitSequences, SequenceClassifier
-from lightning_slim import Granger, MACs, OneShot, Pruner, Score, Taylor
+from lightning_slim import Granger, MACs, OneShot, Pruner, Score, Screening, Taylor
 from lightning_slim.profile import one_thread, time_side_by_side
 
 EVERY = 10  # steps
@@ -38,9 +38,42 @@ def convolutional() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, a: int, b: int, stride: int) -> None:
+        super().__init__()
+        self.one, self.norm1 = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)
+        self.two, self.norm2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
+        self.short = nn.Conv2d(a, b, 1, stride, bias=False) if a != b else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm2(self.two(F.relu(self.norm1(self.one(x))))) + self.short(x))
+
+
+def resnet20() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    widths = [16, *[16] * 3, *[32] * 3, *[64] * 3]
+    layers += [Residual(a, b, 2 if a < b else 1) for a, b in pairwise(widths)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class Recurrent(nn.Module):
+    """Two levels of 256 units over 32 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(16, 256, 2, batch_first=True), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x)[0][:, -1])
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "demo (Conv1d, 128 channels)": (lambda: SequenceClassifier(128).net, lambda: torch.rand(64, 1, 64)),
     "Conv2d, 32 to 128 channels": (convolutional, lambda: torch.rand(32, 3, 32, 32)),
+    "ResNet-20, 32 x 32, batch 32": (resnet20, lambda: torch.rand(32, 3, 32, 32)),
+    "GRU, 2 x 256, 32 steps, batch 64": (Recurrent, lambda: torch.rand(64, 32, 16)),
     "MLP, 784-1024-1024-10": (
         lambda: nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)),
         lambda: torch.rand(128, 784),
@@ -58,8 +91,10 @@ def block(network: nn.Module, x: Tensor, y: Tensor, pruner: Pruner | None) -> Ca
             optimizer.zero_grad()
             with watch:
                 F.cross_entropy(network(x), y).backward()
-            if pruner is not None and step == 0 and pruner.score.needs_gradients:
-                pruner.recorder.observe_gradients()
+            if pruner is not None and step == 0:
+                pruner.recorder.hear(labels=y)
+                if pruner.score.needs_gradients:
+                    pruner.recorder.observe_gradients()
             optimizer.step()
 
     return train
@@ -104,10 +139,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each ratio")
     seconds = parser.parse_args().seconds
     torch.manual_seed(0)
-    print(f"{'training step with the recorder / without':44s} Granger  Taylor")
+    print(f"{'training step with the recorder / without':44s} Granger  Taylor  Screening")
     for name in NETWORKS:
-        ratios = [overhead(name, score, seconds) for score in (Granger(), Taylor())]
-        print(f"{name:44s} {ratios[0]:7.3f} {ratios[1]:7.3f}")
+        ratios = [overhead(name, score, seconds) for score in (Granger(), Taylor(), Screening())]
+        print(f"{name:44s} {ratios[0]:7.3f} {ratios[1]:7.3f} {ratios[2]:10.3f}", flush=True)
     with one_thread():
         epoch, cut = cut_against_epoch(128)
     print(f"\none cut of the demo's network: {cut:.3f} s, one epoch: {epoch:.2f} s, ratio {cut / epoch:.3f}")
