@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +114,7 @@ class Recorder:
         if table is None:
             return
         enough = max(MIN_ROWS, ROWS_PER_COLUMN * table.shape[1] * table.shape[2])
-        table = table[:: -(-len(table) // enough)]
+        table = _thinned(table, enough)
         if moments is None:
             moments = self.moments[name][slot] = Moments(units * table.shape[2], inputs.device)
         with torch.autocast(inputs.device.type, enabled=False):  # a forward pass in bfloat16 would compute them so, too
@@ -127,9 +128,9 @@ class Recorder:
         if moments is None:
             moments = self.moments[name][0] = Moments(len(updates), updates[0].device)
         enough = max(MIN_ROWS, ROWS_PER_COLUMN * len(updates))
-        stride = -(-updates[0].numel() // enough)
+        table = torch.stack([_thinned(update.flatten(), enough).float() for update in updates], 1)
         with torch.autocast(updates[0].device.type, enabled=False):
-            moments.update(torch.stack([update.flatten()[::stride].float() for update in updates], 1))
+            moments.update(table)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -262,6 +263,21 @@ class _WatchBlocks:
                 self.updates.clear()
 
         return hook
+
+
+def _thinned(table: Float[Tensor, "rows *columns"], enough: int) -> Float[Tensor, "fewer *columns"]:
+    """At most `enough` rows, from everywhere.
+
+    Rows come in the order of items and pixels: every n-th, where n shares a factor with the width of an image, is of
+    some of its columns only. So the step is coprime to the number of rows, and near its golden section.
+    """
+    rows = len(table)
+    if rows <= enough:
+        return table
+    step = round(0.618 * rows)
+    while math.gcd(step, rows) > 1:
+        step += 1
+    return table[torch.arange(enough, device=table.device) * step % rows]
 
 
 def _rows(
