@@ -71,6 +71,7 @@ class Bench:
         torch.manual_seed(self.seed)
         self.start = self.task.network()
         self.dense = copy.deepcopy(self.start)
+        self.recorded = torch.randperm(len(self.data.x))[:RECORDED]  # samples come by time, or by class
         self.train(self.dense, self.task.steps)
 
     def train(
@@ -145,7 +146,12 @@ class Bench:
 
     def lasting(self, total: float, each: float) -> int:
         """Steps of `each` that make a total, as far as `longest` allows."""
-        return min(round(total / each), round(self.longest * (self.task.steps + self.task.fine_tune)))
+        return min(round(total / each), round(self.longest * self.short))
+
+    @property
+    def short(self) -> int:
+        """Steps of dense training and fine-tuning together."""
+        return self.task.steps + self.task.fine_tune
 
     # --- arms ---
 
@@ -172,7 +178,7 @@ class Bench:
         pruner = self.pruner(network, arm, OneShot(0.5))
         self.record(pruner)
         pruner.step(0.5)
-        recalibrate_batch_norm(network, self.data.x[:RECORDED].split(128))
+        recalibrate_batch_norm(network, self.data.x[self.recorded].split(128))
         cut = self.test(network)
         self.train(network, self.task.fine_tune, rate=0.5)
         macs = pruner.costs.macs(pruner.widths) / pruner.costs.macs(pruner.costs.original)
@@ -181,7 +187,7 @@ class Bench:
     def record(self, pruner: Pruner) -> None:
         """The same samples for every score: all of them as one step, or, for gradients, a step a batch."""
         network = pruner.model.eval()
-        x, y = self.data.x[:RECORDED], self.data.y[:RECORDED]
+        x, y = self.data.x[self.recorded], self.data.y[self.recorded]
         if not pruner.score.needs_gradients:
             with pruner.recording(), torch.no_grad():
                 for part in x.split(128):
@@ -201,7 +207,7 @@ class Bench:
         costs, total = pruner.costs, self.total(pruner, arm.remaining)
         course = [1 - (1 - arm.remaining) * schedule((p + 0.5) / 40) for p in range(40)]
         each = sum(costs.macs(self.widths(pruner, left)) for left in course) / len(course)
-        steps = self.lasting(total, each)
+        steps = self.short if arm.compute == "same steps" else self.lasting(total, each)
         cuts = {round(steps * (arm.start + (HOLD - arm.start) * i / (CUTS - 1))) for i in range(CUTS)}
         spent = 0
 
@@ -240,7 +246,7 @@ class Bench:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         each = costs_now(pruner)
-        steps = self.task.steps + self.task.fine_tune if arm.compute == "same steps" else self.lasting(total, each)
+        steps = self.short if arm.compute == "same steps" else self.lasting(total, each)
         self.train(network, steps)
         macs = each / pruner.costs.macs(pruner.costs.original)
         return {"end": self.test(network), "macs": macs, "cost": each * steps / total, "steps": steps}
@@ -272,6 +278,8 @@ def arms(args: argparse.Namespace, task: Task) -> Iterator[Arm]:
             yield Arm("gradual", remaining, name, best)
         for name in args.unfolded:
             yield Arm("gradual", remaining, name, "none")
+        for compensate in args.compensate if args.short else ():
+            yield Arm("gradual", remaining, names[0], compensate, compute="same steps")
         for start in args.starts:
             yield Arm("gradual", remaining, names[0], best, start=start)
     for kind, options in (("one-shot", args.remaining), ("gradual", args.gradual_remaining)):
@@ -289,6 +297,7 @@ def main() -> None:
     parser.add_argument("--gradual", nargs="*", default=SCORES, help="scores that also prune while training")
     parser.add_argument("--unfolded", nargs="*", default=BASIC, help="those of gradual arms without compensation")
     parser.add_argument("--everywhere", nargs="*", default=BASIC[:2], help="those of arms with a global scope")
+    parser.add_argument("--short", action="store_true", help="gradual arms also with as many steps as one-shot ones")
     parser.add_argument("--starts", nargs="*", type=float, default=[0.0, 0.3, 0.5], help="of gradual arms, beside 0.1")
     parser.add_argument("--compensate", nargs="+", default=["none", "least_squares"])
     parser.add_argument("--remaining", nargs="+", type=float, default=[0.5, 0.3, 0.15], help="fraction of the units")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+PLAIN = {"scope": "local", "start": 0.1, "compute": "same compute"}  # of arms that are no variants
 Line = dict[str, Any]
 Runs = dict[int, dict[str, float]]  # seed -> what the network does on the test set
 
@@ -53,7 +54,7 @@ def _scores(lines: Sequence[Line], remaining: float, reference: str) -> str:
             ("gradual", "gradual", "end"),
         )
     ]
-    common = {"remaining": remaining, "scope": "local", "start": 0.1}
+    common = {"remaining": remaining, **PLAIN}
     columns = [column for column in columns if _select(lines, **common, **column[1])]
     scores = [score for (score,) in _distinct(lines, ("score",), **common) if score]
     absolute, paired = [], []
@@ -71,20 +72,25 @@ def _scores(lines: Sequence[Line], remaining: float, reference: str) -> str:
 
 def _variants(lines: Sequence[Line]) -> str:
     rows = []
-    keys = ("kind", "remaining", "score", "compensate", "scope", "start")
+    keys = ("kind", "remaining", "score", "compensate", *PLAIN)
+    names = dict(_names(lines))
     for values in _distinct(lines, keys):
         arm = dict(zip(keys, values, strict=True))
-        if arm["score"] and (arm["scope"] == "global" or arm["start"] != 0.1):
-            plain = _runs(lines, **{**arm, "scope": "local", "start": 0.1})
-            variant = "global" if arm["scope"] == "global" else f"start {arm['start']}"
-            name = f"{arm['kind']}, {arm['score']}, {arm['remaining']:.0%}, {variant}"
+        if arm["score"] and {key: arm[key] for key in PLAIN} != PLAIN:
+            plain = _runs(lines, **{**arm, **PLAIN})
+            variant = [f"{key} {arm[key]}" if key == "start" else arm[key] for key in PLAIN if arm[key] != PLAIN[key]]
+            name = ", ".join([arm["kind"], arm["score"], f"{arm['remaining']:.0%}", names[arm["compensate"]], *variant])
             cost = statistics.mean(line["cost"] for line in _select(lines, **arm))
             runs = _runs(lines, **arm)
             cells = [_cell(runs("end")), _difference(runs("end"), plain("end"))]
             before = _difference(runs("cut"), plain("cut")) if arm["kind"] == "one-shot" else ""
             rows.append([name, f"{cost:.2f}", *cells, before])
-    head = ["variant", "training compute", "test loss", "minus local, start 0.1", "and as cut"]
-    return "Scope, with as many MACs left, and start:\n\n" + _markdown(head, rows) if rows else ""
+    head = ["variant", "training compute", "test loss", "minus the same, local, start 0.1", "and as cut"]
+    return (
+        "Scope, with as many MACs left, start, and as many steps as one-shot arms:\n\n" + _markdown(head, rows)
+        if rows
+        else ""
+    )
 
 
 def _names(lines: Iterable[Line]) -> list[tuple[str, str]]:

@@ -60,10 +60,10 @@ def test_absent_files_are_named(readers: ModuleType, tmp_path: Path) -> None:
 
 
 def test_tables_show_means_and_paired_differences(tables: ModuleType) -> None:
-    arm = {"kind": "one-shot", "remaining": 0.3, "compensate": "none", "scope": "local", "start": 0.1}
+    arm = {"kind": "one-shot", "remaining": 0.3, "compensate": "none", **tables.PLAIN}
     losses = {"A": (0.1, 0.2, 0.3), "B": (0.2, 0.4, 0.3)}  # means 0.2 and 0.3; differences 0.1, 0.2, 0.0
     lines = [
-        {"seed": seed, "arm": {**arm, "score": name, "compute": ""}, "cut": {"loss": loss}, "end": {"loss": loss}}
+        {"seed": seed, "arm": {**arm, "score": name}, "cut": {"loss": loss}, "end": {"loss": loss}}
         for name, values in losses.items()
         for seed, loss in enumerate(values)
     ]
