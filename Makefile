@@ -22,7 +22,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_compensation.py
-	$(BIN)/python benchmarks/bench_scores.py
+	$(BIN)/python benchmarks/bench_scores.py digits-fnn digits-gru --out build/scores
 	$(BIN)/python benchmarks/bench_recurrent.py
 	$(BIN)/python benchmarks/bench_statistics.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/bench_surgery.py

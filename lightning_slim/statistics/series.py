@@ -34,19 +34,22 @@ def with_lags(series: Float[Tensor, "items steps units"], lags: int) -> Float[Te
 
 
 def thinned(rows: Float[Tensor, "rows *columns"], enough: int) -> Float[Tensor, "fewer *columns"]:
-    """At most so many rows, evenly spread.
+    """At most `enough` rows, from everywhere.
 
-    The step between them shares no factor with their number, so that none of the sizes that rows are made of (images,
-    lines, pixels) comes round with it: of images 32 wide, a step of 16 would see two columns only.
+    Rows come in the order of items and pixels: every n-th, where n shares a factor with the width of an image, is of
+    some of its columns only. So the step is coprime to the number of rows, and near its golden section.
 
     Example:
         >>> thinned(torch.arange(8.0), enough=4).tolist()
-        [0.0, 3.0, 6.0]
+        [0.0, 5.0, 2.0, 7.0]
     """
-    step = -(-len(rows) // enough)
-    while step > 1 and math.gcd(step, len(rows)) > 1:
+    number = len(rows)
+    if number <= enough:
+        return rows
+    step = round(0.618 * number)
+    while math.gcd(step, number) > 1:
         step += 1
-    return rows[::step]
+    return rows[torch.arange(enough, device=rows.device) * step % number]
 
 
 def check_series(series: Tensor, targets: Tensor, lags: int, own_lags: int) -> None:

@@ -22,6 +22,8 @@ from lightning_slim.units import Plan, UnitGroup
 from tests.networks import same
 from tests.surgery.test_cut import zeroed
 
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class Net(nn.Module):
     """Linear, recurrent, linear, linear; the recurrent layer is read in one of four ways."""
@@ -323,15 +325,42 @@ def test_what_levels_hear_is_what_the_levels_below_say(
         x = nn.utils.rnn.pack_padded_sequence(x, [7, 6, 4, 4, 1], batch_first=batch_first)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LSTM with projections")
-        made, read = layer(x)[0], heard(layer, x)
+        read = heard(layer, x)
         below = getattr(nn, kind)(4, 6, 2, batch_first=batch_first, bidirectional=bidirectional, **options)
         below.load_state_dict({name: p for name, p in layer.state_dict().items() if "_l2" not in name})
         lower = below(x)[0]
-    made, lower = (y.data if packed else y if batch_first else y.transpose(0, 1) for y in (made, lower))
-    suffixes = ["", "_reverse"] if bidirectional else [""]
-    torch.testing.assert_close(torch.cat([read[f"weight_hh_l2{s}"] for s in suffixes], -1), made)
+    lower = lower.data if packed else lower if batch_first else lower.transpose(0, 1)
     torch.testing.assert_close(read["weight_ih_l2"], lower)
     torch.testing.assert_close(read["weight_ih_l0"], x.data if packed else whole)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@torch.no_grad()
+def test_what_recurrent_columns_hear_is_the_step_before(kind: str, packed: bool, given: bool) -> None:
+    """Each sequence on its own, in steps as in the reverse direction: the state that is handed from call to call."""
+    torch.manual_seed(0)
+    layer = getattr(nn, kind)(4, 6, 2, batch_first=True, bidirectional=True)
+    x, lengths = torch.randn(3, 5, 4), [2, 5, 4] if packed else [5, 5, 5]
+    h = torch.randn(4, 3, 6) if given else torch.zeros(4, 3, 6)  # level, direction
+    c = torch.randn(4, 3, 6) if given else torch.zeros(4, 3, 6)
+    state = ((h, c) if kind == "LSTM" else h) if given else None
+    inputs = pack_padded_sequence(x, torch.tensor(lengths), True, enforce_sorted=False) if packed else x
+    read = heard(layer, inputs, state)
+    for d, suffix in enumerate(["", "_reverse"]):
+        one = getattr(nn, kind)(4, 6, batch_first=True)  # the lower level of one direction
+        one.load_state_dict({f"{name}_l0": layer.get_parameter(f"{name}_l0{suffix}") for name in NAMES})
+        heard_there = read[f"weight_hh_l0{suffix}"]
+        if isinstance(inputs, nn.utils.rnn.PackedSequence):
+            heard_there = pad_packed_sequence(inputs._replace(data=heard_there), batch_first=True)[0]
+        for item, length in enumerate(lengths):
+            steps = range(length - 1, -1, -1) if d else range(length)
+            at = (h[d, item : item + 1, None], c[d, item : item + 1, None])
+            for step in steps:
+                torch.testing.assert_close(heard_there[item, step], at[0][0, 0])
+                made = one(x[item : item + 1, step : step + 1], at if kind == "LSTM" else at[0])[1]
+                at = made if kind == "LSTM" else (made, made)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

@@ -115,8 +115,8 @@ class Recurrent(LayerKind):
 def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None) -> dict[str, Tensor]:
     """What the columns of each weight read, step by step: the input, or hidden units of a level and direction.
 
-    The levels are computed anew, one by one and without the dropout between them. Recurrent columns are given the
-    hidden units of their own step: those of the step before are the same, but for the first and last.
+    The levels are computed anew, one by one and without the dropout between them. Recurrent columns read the hidden
+    units of the step before: the initial state at the first, and never those of the last.
 
     Args:
         layer: an LSTM, GRU or RNN.
@@ -136,6 +136,8 @@ def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None)
         batch = int(inputs.batch_sizes[0]) if isinstance(inputs, PackedSequence) else len(x)
         sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
         states = (state,) if isinstance(state, Tensor) else state
+        if states is not None and isinstance(inputs, PackedSequence) and inputs.sorted_indices is not None:
+            states = tuple(s.index_select(1, inputs.sorted_indices) for s in states)  # as `nn.RNNBase` does
         read: dict[str, Tensor] = {}
         weights = len(layer._flat_weights) // layer.num_layers
         for level in range(layer.num_layers):
@@ -150,11 +152,26 @@ def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None)
             rest = (flat, layer.bias, 1, 0.0, False, layer.bidirectional)
             if isinstance(inputs, PackedSequence):
                 x = run(x, inputs.batch_sizes, initial, *rest)[0]
+                steps = list(x.split(inputs.batch_sizes.tolist()))
             else:
                 x = run(x, initial, *rest, True)[0]
-            halves = x.chunk(directions, -1)
-            read.update({f"weight_hh_l{level}{s}": half for s, half in zip(_suffixes(layer), halves, strict=True)})
+                steps = list(x.unbind(1))
+            for d, suffix in enumerate(_suffixes(layer)):
+                before = _before([step.chunk(directions, -1)[d] for step in steps], first[0][d], backwards=d == 1)
+                read[f"weight_hh_l{level}{suffix}"] = torch.cat(before) if packed else torch.stack(before, 1)
     return read
+
+
+def _before(steps: list[Tensor], initial: Tensor, backwards: bool) -> list[Tensor]:
+    """The state that each step begins with; longer sequences come first, so that `steps` may get shorter."""
+    if not backwards:
+        states = [initial, *steps[:-1]]
+        return [state[: len(step)] for state, step in zip(states, steps, strict=True)]
+    later = [len(step) for step in steps[1:]] + [0]
+    return [
+        torch.cat([state[:n], initial[n : len(step)]])
+        for state, step, n in zip([*steps[1:], initial], steps, later, strict=True)
+    ]
 
 
 def _suffixes(layer: nn.RNNBase) -> list[str]:
