@@ -36,7 +36,8 @@ class WatchRecurrent:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(module, nn.RNNBase)
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-        read = heard(module, given["input"], given.get("hx"))
+        enough = None if self.recorder.known else max(self.recorder.enough(reader) for _, _, reader in self.readers)
+        read = heard(module, given["input"], given.get("hx"), enough)
         for group, slot, reader in self.readers:
             self.recorder.observe(group, slot, reader, read[reader.span.tensor.rpartition(".")[2]])
 

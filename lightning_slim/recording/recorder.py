@@ -321,6 +321,10 @@ class Recorder:
         at_readers = [seen for of_groups in by_reader for group in of_groups.values() for seen in group]
         return [*(seen for seen in at_readers if seen is not None), *self.gates.values()]
 
+    def enough(self, reader: Reader) -> int:
+        """Rows of one batch that the moments at a reader need."""
+        return _enough(reader.span.index.numel() * (self.lags + 1))
+
     def _width(self, reader: Reader) -> int:
         """Columns of the reader's weight: a chunk of a grouped convolution's input."""
         weight = self.model.get_parameter(reader.span.tensor)

@@ -30,7 +30,13 @@ ENOUGH_ROWS = 1024
 
 
 class OfOthers(JointMoments):
-    """Joint moments of units and of the same units of other items; a unit that is gone is no target, too."""
+    """Joint moments of units and of the same units of other items; a unit that is gone is no target, too.
+
+    Nothing fades: what units have in common by chance does not change with the weights.
+    """
+
+    def decay(self, factor: float) -> None:
+        """Not here."""
 
     def keep(self, units: Int[Tensor, "kept"]) -> None:
         """Drops all other units, on both sides."""
@@ -53,7 +59,7 @@ class Exchanged(Witness):
         columns = held.shape[2]
         gathered = gathered or OfOthers(columns, columns, device=held.device)
         enough = max(ENOUGH_ROWS, 4 * columns)
-        if len(held) > 1 and gathered.count < enough:  # once is enough, until it has faded
+        if len(held) > 1 and gathered.count < enough:
             gathered.update(*(thinned(units.flatten(0, 1), enough) for units in (held, held.roll(1, 0))))
         return gathered
 

@@ -454,3 +454,14 @@ def test_what_hangs_on_a_state_is_left_whole(network: nn.Module, inputs: tuple[T
 def test_long_sequences_are_traced_as_one_node() -> None:
     network = Net("GRU", num_layers=2)
     assert len(find_groups(network, torch.randn(2000, 1, 6))) == 4
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_some_items_are_heard_as_among_all(kind: type[nn.RNNBase]) -> None:
+    layer = kind(3, 5, 2, batch_first=True)
+    x, h = torch.randn(8, 4, 3), torch.randn(2, 8, 5)
+    state = (h, h + 1) if kind is nn.LSTM else h
+    everything, some = heard(layer, x, state), heard(layer, x, state, enough=9)
+    for name, read in some.items():
+        assert read.shape[:2] == (3, 4)
+        torch.testing.assert_close(read, everything[name][[0, 2, 5]])

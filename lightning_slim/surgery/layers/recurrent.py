@@ -112,7 +112,9 @@ class Recurrent(LayerKind):
 
 
 @torch.no_grad()
-def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None) -> dict[str, Tensor]:
+def heard(
+    layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None, enough: int | None = None
+) -> dict[str, Tensor]:
     """What the columns of each weight read, step by step: the input, or hidden units of a level and direction.
 
     The levels are computed anew, one by one and without the dropout between them. Recurrent columns read the hidden
@@ -122,6 +124,7 @@ def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None)
         layer: an LSTM, GRU or RNN.
         inputs: what it is called with.
         state: the initial state that it is called with, if any.
+        enough: so many steps of all items together will do: of others nothing is computed. Packed sequences are whole.
 
     Returns:
         Name of a weight -> (batch, steps, columns); of a packed sequence (elements, columns).
@@ -138,6 +141,11 @@ def heard(layer: nn.RNNBase, inputs: Tensor | PackedSequence, state: Any = None)
         states = (state,) if isinstance(state, Tensor) else state
         if states is not None and isinstance(inputs, PackedSequence) and inputs.sorted_indices is not None:
             states = tuple(s.index_select(1, inputs.sorted_indices) for s in states)  # as `nn.RNNBase` does
+        if enough is not None and not packed and -(-enough // x.shape[1]) < batch:
+            batch = -(-enough // x.shape[1])
+            items = torch.arange(batch, device=x.device) * len(x) // batch
+            x = x[items]
+            states = None if states is None else tuple(s.index_select(1, items) for s in states)
         read: dict[str, Tensor] = {}
         weights = len(layer._flat_weights) // layer.num_layers
         for level in range(layer.num_layers):
