@@ -12,7 +12,7 @@ from lightning_slim.scores import Granger, Magnitude, Score
 
 
 class GrangerPrune(Prune):
-    """Keeps the units whose present and past together best predict what their readers compute, and folds the rest in.
+    """Keeps the units that together best predict what their readers compute, and folds the rest into them.
 
     Conditional Granger selection and least-squares fold come from one Gram matrix per reader, streamed while the model
     trains. Each cut says how much of what the readers compute the units that stay explain, and how much of what they
@@ -31,7 +31,7 @@ class GrangerPrune(Prune):
         self,
         budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
         schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
-        lags: int = 1,
+        lags: int = 0,
         fallback: Score | None = Magnitude(),  # noqa: B008 (frozen)
         **kwargs: Any,
     ) -> None:
