@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tasks import TASKS, Data, Task
 from torch import Tensor, nn
 
 from lightning_slim import Cubic, MACs, OneShot, Pruner, Score, Units, scores
+from lightning_slim.losses import HearLosses
 from lightning_slim.selection import Selection
 from lightning_slim.surgery import recalibrate_batch_norm
 
@@ -185,20 +187,31 @@ class Bench:
         return {"cut": cut, "end": self.test(network), "macs": macs, "cost": 1.0, "widths": pruner.widths}
 
     def record(self, pruner: Pruner) -> None:
-        """The same samples for every score: all of them as one step, or, for gradients, a step a batch."""
+        """The same samples for every score: all of them as one step, or, for more than moments, a step a batch."""
         network = pruner.model.eval()
         x, y = self.data.x[self.recorded], self.data.y[self.recorded]
-        if not pruner.score.needs_gradients:
+        recorder = pruner.recorder
+        if not (pruner.score.needs_gradients or recorder.experiments or recorder.known):
             with pruner.recording(), torch.no_grad():
                 for part in x.split(128):
                     network(part)
             return
         for i in range(0, len(x), self.task.batch):
+            some, known = x[i : i + self.task.batch], y[i : i + self.task.batch]
+            if recorder.experiments:
+                recorder.experiment(partial(self.losses, network, some, known))
             network.zero_grad()
-            with pruner.recording():
-                output = network(x[i : i + self.task.batch])
-            self.task.loss(output, y[i : i + self.task.batch]).backward()
-            pruner.recorder.observe_gradients()
+            with pruner.recording(), HearLosses() as heard:
+                output = network(some)
+                self.task.loss(output, known).backward()
+            recorder.hear(labels=known, outputs=output, losses=heard.of_items(None))
+            recorder.observe_gradients()
+
+    def losses(self, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Of each item."""
+        with HearLosses() as heard:
+            self.task.loss(network(x), y)
+        return heard.of_items(None)
 
     def gradual(self, arm: Arm) -> dict[str, Any]:
         network = copy.deepcopy(self.start)
