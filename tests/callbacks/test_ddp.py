@@ -45,6 +45,7 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
         pytest.param("taylor", "unused", marks=pytest.mark.slow),
         pytest.param("granger", "static", marks=pytest.mark.slow),
         pytest.param("magnitude", "views", marks=pytest.mark.slow),
+        pytest.param("evidence", "plain", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_stay_equal(tmp_path: Path, kind: str, strategy: str) -> None:

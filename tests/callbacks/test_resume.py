@@ -10,13 +10,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_slim import (
+    Ablation,
+    Combined,
     Fisher,
+    Granger,
     GrangerPrune,
     Linear,
     Magnitude,
     OneShot,
     Prune,
     Random,
+    RandomGates,
+    Screening,
     Taylor,
     Units,
     load_from_checkpoint,
@@ -36,7 +41,14 @@ def prune(kind: str) -> Prune:
     }
     if kind == "granger":
         return GrangerPrune(lags=0, **kwargs)
-    scores = {"magnitude": Magnitude(), "taylor": Taylor(), "fisher": Fisher(), "random": Random()}
+    everything = Combined([Screening(), RandomGates(), Ablation(), Granger(0, "losses"), Granger(0, "outputs")])
+    scores = {
+        "magnitude": Magnitude(),
+        "taylor": Taylor(),
+        "fisher": Fisher(),
+        "random": Random(),
+        "evidence": everything,
+    }
     return Prune(scores[kind], **kwargs)
 
 
