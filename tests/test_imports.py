@@ -44,8 +44,8 @@ MAY_IMPORT = {
     },
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
-        "input_screener", "losses", "pruner", "report", "schedules", "scores", "selection", "skipping", "surgery",
-        "weight_norm",
+        "input_screener", "losses", "pruner", "recording", "report", "schedules", "scores", "selection", "skipping",
+        "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

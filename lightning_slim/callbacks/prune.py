@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,20 +12,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
-from lightning_slim.callbacks.replay import replay
+from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.candidates import Granularity
-from lightning_slim.capture import capture_calls, capture_outputs
+from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import cut_tensors, remember_cut
 from lightning_slim.folding import Compensate
 from lightning_slim.guards import Guard
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.losses import HearLosses
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
@@ -104,7 +101,7 @@ class Prune(SlimCallback):
         self.recalibrate_bn = recalibrate_bn
         self.recovery_epochs = recovery_epochs
         self.record_every_n_steps = record_every_n_steps
-        self.protect_significant, self.labels = protect_significant, labels
+        self.protect_significant = protect_significant
         self.guard: Guard | None = None
         self.print_report = print_report
         self._pruner: Pruner | None = None
@@ -112,9 +109,7 @@ class Prune(SlimCallback):
         self._batches = 0
         self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
         self._calls: dict[str, Example] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._heard: HearLosses | None = None
-        self._recording = False
+        self._step = StepWatch(labels)
         self._watching = ExitStack()
         self._recalibrating = ExitStack()
 
@@ -194,6 +189,7 @@ class Prune(SlimCallback):
         if batch_idx == 0:
             self._recalibrating.close()
         self._watching.close()  # a module that returns -1 from this hook skips the end of the batch
+        self._step.close()
         if undecided(trainer):
             return
         self._cut_if_due(trainer, pl_module, batch_idx)
@@ -201,7 +197,8 @@ class Prune(SlimCallback):
         if not self.pruner.calls or (due and not self.history.events):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
         if self.pruner.prepared and (due or not self.pruner.recorder.ready):
-            self._record(trainer, pl_module, batch, batch_idx)
+            self._step.begin(self.pruner.recorder, trainer, pl_module, batch, batch_idx)
+            self._gradients_due = list(range(len(trainer.optimizers)))
         self._batches += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -218,7 +215,7 @@ class Prune(SlimCallback):
         self._watching.close()
         if undecided(trainer):
             return
-        self._tell(outputs, batch)
+        self._step.end(trainer, outputs, batch)
         calls, self._calls = self._calls, {}
         new = calls.keys() - self.pruner.networks
         if new and not self.history.events:  # the first batch, or one that calls a network for the first time
@@ -229,6 +226,7 @@ class Prune(SlimCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._watching.close()
+        self._step.close()
         self._recalibrating.close()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,6 +238,7 @@ class Prune(SlimCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watching.close()
+        self._step.close()
         self._recalibrating.close()
         self._warn_if_short(trainer)
         folder = trainer.log_dir or trainer.default_root_dir  # asked of all ranks: they agree on it
@@ -275,35 +274,6 @@ class Prune(SlimCallback):
             slim_metrics=slim_metrics,
             left_whole=self.pruner.left_whole,
         )
-
-    def _record(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Lets the recorder look on for the rest of this step."""
-        recorder = self.pruner.recorder
-        if recorder.experiments:
-            recorder.experiment(lambda: replay(trainer, pl_module, batch, batch_idx))
-        self._watching.enter_context(self.pruner.recording())
-        if "outputs" in recorder.known:
-            self._outputs = self._watching.enter_context(capture_outputs(pl_module))
-        if "losses" in recorder.known:
-            self._heard = self._watching.enter_context(HearLosses())
-        self._gradients_due = list(range(len(trainer.optimizers)))
-        self._recording = True
-
-    def _tell(self, outputs: Any, batch: Any) -> None:
-        """Tells the recorder what became known in the step that it looked on."""
-        if not self._recording:
-            return
-        self._recording = False
-        recorder = self.pruner.recorder
-        known: dict[str, Any] = {}
-        if "labels" in recorder.known:
-            known["labels"] = label_of(batch, self.labels)
-        if "outputs" in recorder.known:
-            known["outputs"], self._outputs = self._outputs, {}
-        if self._heard is not None:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-            known["losses"], self._heard = self._heard.of_items(loss), None
-        recorder.hear(**known)
 
     def _warn_if_short(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
@@ -400,24 +370,6 @@ def epochs_in_run(trainer: Trainer) -> float:
             "Expected a run with an end, got max_epochs=-1 and max_steps=-1: a schedule is a fraction of the run."
         )
     return min(limits)
-
-
-def label_of(batch: Any, item: int | str) -> Tensor:
-    """One item of a batch.
-
-    Raises:
-        MisconfigurationException: there is none, or it is no tensor.
-    """
-    if isinstance(batch, Mapping):
-        found = batch.get(item)
-    else:
-        found = batch[item] if isinstance(item, int) and isinstance(batch, Sequence) and len(batch) > item else None
-    if not isinstance(found, Tensor):
-        raise MisconfigurationException(
-            f"Expected labels as item {item!r} of a batch, got {type(found).__name__} in {type(batch).__name__}: name "
-            "the item that holds them with `labels=`, a number or a key."
-        )
-    return found
 
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:

@@ -91,6 +91,18 @@ def test_looking_on_changes_nothing(score: Score, tmp_path) -> None:
     assert runs[0][1] == runs[1][1]
 
 
+class TwoLosses(Lit):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        return F.cross_entropy(logits, batch[1]) + F.mse_loss(logits, torch.zeros_like(logits))
+
+
+def test_losses_that_add_up_are_heard_also_where_batches_accumulate(tmp_path) -> None:
+    prune = Prune(Granger(0, "losses"), Units(0.5), OneShot(0.5), record_every_n_steps=1, print_report=False)
+    trainer(tmp_path, prune, max_epochs=2, accumulate_grad_batches=2).fit(TwoLosses(), loader())
+    assert prune.history.events[-1].reached <= 0.5
+
+
 class Manual(Lit):
     automatic_optimization = False
 

@@ -1,0 +1,91 @@
+"""What a recorder sees of a training step while it runs, and hears of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_slim.callbacks.replay import replay
+from lightning_slim.capture import capture_outputs
+from lightning_slim.losses import HearLosses
+from lightning_slim.recording import Recorder
+
+
+class StepWatch:
+    """Lets a recorder look on one training step after another.
+
+    Args:
+        labels: which item of a batch holds the labels, a number or a key.
+    """
+
+    def __init__(self, labels: int | str) -> None:
+        self.labels = labels
+        self._recorder: Recorder | None = None  # of the step that is under way, if it is recorded
+        self._looking = ExitStack()
+        self._outputs: dict[str, Tensor] = {}
+        self._heard: HearLosses | None = None
+
+    def begin(
+        self, recorder: Recorder, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Records the step that is about to run."""
+        if recorder.experiments:
+            recorder.experiment(lambda: replay(trainer, pl_module, batch, batch_idx))
+        self._recorder = recorder
+        self._looking.enter_context(recorder.recording())
+        if "outputs" in recorder.known:
+            self._outputs = self._looking.enter_context(capture_outputs(pl_module))
+        if "losses" in recorder.known:
+            self._heard = self._looking.enter_context(HearLosses())
+
+    def end(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
+        """Tells the recorder what became known, if it looked on.
+
+        Args:
+            trainer: which divides losses by the batches it accumulates.
+            outputs: what the training step returned.
+            batch: what it was given.
+        """
+        self._looking.close()
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            return
+        known: dict[str, Any] = {}
+        if "labels" in recorder.known:
+            known["labels"] = label_of(batch, self.labels)
+        if "outputs" in recorder.known:
+            known["outputs"], self._outputs = self._outputs, {}
+        if self._heard is not None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            whole = None if loss is None else loss * trainer.accumulate_grad_batches
+            known["losses"], self._heard = self._heard.of_items(whole), None
+        recorder.hear(**known)
+
+    def close(self) -> None:
+        """Looks away, whatever the step came to."""
+        self._looking.close()
+        self._recorder = self._heard = None
+        self._outputs = {}
+
+
+def label_of(batch: Any, item: int | str) -> Tensor:
+    """One item of a batch.
+
+    Raises:
+        MisconfigurationException: there is none, or it is no tensor.
+    """
+    if isinstance(batch, Mapping):
+        found = batch.get(item)
+    else:
+        found = batch[item] if isinstance(item, int) and isinstance(batch, Sequence) and len(batch) > item else None
+    if not isinstance(found, Tensor):
+        raise MisconfigurationException(
+            f"Expected labels as item {item!r} of a batch, got {type(found).__name__} in {type(batch).__name__}: name "
+            "the item that holds them with `labels=`, a number or a key."
+        )
+    return found
