@@ -18,16 +18,16 @@ from torch.optim import Optimizer
 from lightning_slim.budgets import Budget, MACs, Significant
 from lightning_slim.candidates import Granularity, Wish, find_candidates
 from lightning_slim.costs import Costs
+from lightning_slim.evidence import evidence_of
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.patches import with_patches
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
-from lightning_slim.scores import Evidence, Need, Reading, Score, UnitScores
+from lightning_slim.scores import Evidence, Need, Score, UnitScores
 from lightning_slim.selection import Selection, comparable, plan_for, steepness
 from lightning_slim.skipping import Skip, check_skip
-from lightning_slim.statistics import Moments
 from lightning_slim.surgery import (
     Example,
     StructureChange,
@@ -44,19 +44,13 @@ from lightning_slim.surgery.verify import compare
 from lightning_slim.units import (
     MIN_UNITS,
     Plan,
-    Reader,
     UnitGroup,
-    columns,
-    coupled_rows,
     from_state,
     most_important_first,
     named_tensors,
     renumber,
-    rows,
     to_state,
 )
-from lightning_slim.weight_norm import weight
-from lightning_slim.witness import Gathered, Witness
 
 NOTHING = "It has no layers that can be cut, and no residual blocks"
 
@@ -378,28 +372,8 @@ class Pruner:
         return of_units
 
     def _evidence(self, group: UnitGroup) -> Evidence:
-        generator = torch.Generator().manual_seed(
-            zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
-        )
-        moments = self.recorder.moments[group.name] if "moments" in self.needs else []
-        readings = tuple(
-            _reading(m, r, weight(self.model, r.span.tensor).detach(), self.recorder.told(group.name, slot))
-            for slot, (m, r) in enumerate(zip(moments, group.readers, strict=False))
-            if m is not None
-        )
-        if group.blocks:  # what follows reads the sum of what the blocks add
-            readings = tuple(Reading(m, torch.ones(group.size, 1)) for m in moments if m is not None)
-        parts = [] if group.blocks else coupled_rows(self.model, group, role=None)
-        return Evidence(
-            weights=rows(self.model, group, role=None).detach(),
-            fans=tuple(part.shape[1] for part in parts),
-            readings=readings,
-            effects={effect: self.recorder.mean(effect, group.name) for effect in self.recorder.effects},
-            gates=self.recorder.gates.get(group.name),
-            made=rows(self.model, group).detach() if "made" in self.needs and not group.blocks else None,
-            scales=norm_scales(self.model, group) if "scales" in self.needs else None,
-            generator=generator,
-        )
+        seed = zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
+        return evidence_of(self.model, group, self.recorder, self.needs, torch.Generator().manual_seed(seed))
 
     def _remember(self, progress: float, step: int, plan: Plan, scores: Mapping[str, UnitScores]) -> PruningEvent:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
@@ -521,15 +495,6 @@ class Pruner:
         self.history = History.from_state(state["history"])
         self._recorder = self._new_recorder()
         self._recorder.load_state_dict(state["recorder"])
-
-
-def _reading(moments: Moments, reader: Reader, tensor: Tensor, told: Mapping[Witness, Gathered]) -> Reading:
-    weight = columns(tensor, reader.span)
-    channels = reader.span.index.shape[1] if reader.joint else 1
-    if reader.patches:  # of one unit: channels, outputs, taps
-        weight = weight.view(len(weight), channels, -1, tensor.shape[2:].numel()).mT
-        channels *= weight.shape[2]
-    return Reading(moments, weight.reshape(len(weight) * channels, -1), channels, told)
 
 
 def _alone(value: Any) -> Any:

@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "input_evidence": {"statistics"},
     "input_screener": {"eager", "history", "input_evidence", "surgery", "units"},
     "candidates": {"scores", "skipping", "surgery", "units"},
+    "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {
-        "budgets", "candidates", "costs", "folding", "guards", "history", "patches", "profile", "recording",
-        "schedules", "scores", "selection", "skipping", "statistics", "surgery", "units", "weight_norm", "witness",
+        "budgets", "candidates", "costs", "evidence", "folding", "guards", "history", "patches", "recording",
+        "schedules", "scores", "selection", "skipping", "surgery", "units",
     },
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
