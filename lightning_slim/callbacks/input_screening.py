@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
 from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import remember_cut
@@ -165,7 +166,7 @@ class InputScreening(SlimCallback):
     ) -> None:
         self._watching.close()
         if self.undecided:
-            inputs, target = self._item(batch, self.inputs), self._item(batch, self.target)
+            inputs, target = (item_of(batch, which, "`inputs` and `target`") for which in (self.inputs, self.target))
             if self.screener.found is None:
                 self.screener.find(self._calls, inputs, target)
             elif self._calls:  # a resumed run: what was found is in the checkpoint, examples are not
@@ -209,19 +210,6 @@ class InputScreening(SlimCallback):
         rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
         for logger in trainer.loggers:
             logger.log_metrics(_scalars(event), step=trainer.global_step)
-
-    def _item(self, batch: Any, which: int | str) -> Tensor:
-        """An item of a batch."""
-        known = (
-            batch.keys() if isinstance(batch, Mapping) else range(len(batch)) if isinstance(batch, list | tuple) else ()
-        )
-        item = batch[which] if which in known else None
-        if not isinstance(item, Tensor):
-            raise MisconfigurationException(
-                f"Expected a tensor at {which!r} of a batch, got {type(item).__name__} in a {type(batch).__name__} "
-                f"with {list(known)}: set `inputs` and `target`."
-            )
-        return item
 
 
 def _reduce(strategy: Any, value: Tensor, how: str) -> Tensor:

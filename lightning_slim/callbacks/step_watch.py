@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.replay import replay
 from lightning_slim.capture import capture_outputs
 from lightning_slim.losses import HearLosses
@@ -57,7 +57,7 @@ class StepWatch:
             return
         known: dict[str, Any] = {}
         if "labels" in recorder.known:
-            known["labels"] = label_of(batch, self.labels)
+            known["labels"] = item_of(batch, self.labels, "`labels`")
         if "outputs" in recorder.known:
             known["outputs"], self._outputs = self._outputs, {}
         if self._heard is not None:
@@ -71,21 +71,3 @@ class StepWatch:
         self._looking.close()
         self._recorder = self._heard = None
         self._outputs = {}
-
-
-def label_of(batch: Any, item: int | str) -> Tensor:
-    """One item of a batch.
-
-    Raises:
-        MisconfigurationException: there is none, or it is no tensor.
-    """
-    if isinstance(batch, Mapping):
-        found = batch.get(item)
-    else:
-        found = batch[item] if isinstance(item, int) and isinstance(batch, Sequence) and len(batch) > item else None
-    if not isinstance(found, Tensor):
-        raise MisconfigurationException(
-            f"Expected labels as item {item!r} of a batch, got {type(found).__name__} in {type(batch).__name__}: name "
-            "the item that holds them with `labels=`, a number or a key."
-        )
-    return found

@@ -118,7 +118,10 @@ def test_experiments_are_refused_where_the_module_steps_itself(tmp_path) -> None
 
 def test_labels_that_are_not_there_are_named(tmp_path) -> None:
     prune = Prune(Screening(), Units(0.5), OneShot(0.5), labels="y")
-    with pytest.raises(MisconfigurationException, match="Expected labels as item 'y' of a batch, got NoneType in list"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"Expected a tensor at 'y' of a batch, got NoneType in a list with \[0, 1\]: set `labels`",
+    ):
         trainer(tmp_path, prune, max_epochs=2).fit(Lit(), loader())
 
 
