@@ -28,7 +28,7 @@ def evidence_of(
         needs: which parts of the evidence must be there.
         generator: for scores that draw.
     """
-    moments = recorder.moments[group.name] if "moments" in needs else []
+    moments = recorder.seen(group.name) if "moments" in needs else []
     readings = tuple(
         _reading(m, r, weight(model, r.span.tensor).detach(), recorder.told(group.name, slot))
         for slot, (m, r) in enumerate(zip(moments, group.readers, strict=False))
@@ -41,7 +41,7 @@ def evidence_of(
         fans=() if group.blocks else tuple(part.shape[1] for part in coupled_rows(model, group, role=None)),
         readings=readings,
         effects={effect: recorder.mean(effect, group.name) for effect in recorder.effects},
-        gates=recorder.gates.get(group.name),
+        gates=recorder.gated(group.name),
         made=rows(model, group).detach() if "made" in needs and not group.blocks else None,
         scales=norm_scales(model, group) if "scales" in needs else None,
         generator=generator,

@@ -142,6 +142,7 @@ class Pruner:
         self.calls: dict[str, Example] = {}  # the networks, each with one call
         self.agree: Callable[[Any], Any] = _alone  # several processes: what rank 0 says
         self.average: Callable[[Tensor], Tensor] = _alone  # several processes: the mean over ranks
+        self.ranks = 1  # how many processes
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
@@ -281,7 +282,7 @@ class Pruner:
         """
         if not self.asks(progress):
             return None
-        self.recorder.synchronise(self.average, self.agree)
+        self.recorder.synchronise(self.average, self.agree, self.ranks)
         scores = self._score()
         plan = self.agree(self._plan(progress, scores))
         if not plan.removed:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_slim import find_groups, remove_units
+from lightning_slim import Combined, Granger, OneShot, Pruner, RandomGates, Screening, Units, find_groups, remove_units
 from lightning_slim.recording import Recorder
 from lightning_slim.recording.recorder import MIN_ROWS
 from lightning_slim.units import Plan, gradients, renumber, rows
@@ -181,6 +181,28 @@ def test_ranks_that_saw_different_levels_agree_on_the_moments_of_all_rows() -> N
     one.synchronise(average, lambda value: value)
     expected = both.moments["0"][0].covariance
     torch.testing.assert_close(one.moments["0"][0].covariance, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_p_values_count_the_rows_of_all_ranks() -> None:
+    """Two ranks that see the same are one that sees it twice."""
+    found = []
+    for ranks, times in ((2, 1), (1, 2)):
+        torch.manual_seed(0)
+        network, x = mlp()
+        y = torch.randint(3, (50,))
+        pruner = Pruner(network, Combined([Screening(), RandomGates(), Granger()]), Units(0.5), OneShot(0.5))
+        pruner.prepare(x[:2])
+        pruner.recorder.memory = 1.0
+        for _ in range(times):
+            with pruner.recording():
+                network(x)
+            pruner.recorder.hear(labels=y)
+        pruner.recorder.synchronise(lambda value: value, lambda value: value, ranks)
+        evidence = pruner._evidence(pruner.groups[0])
+        found.append([Screening()(evidence).log_p, Granger()(evidence).log_p])
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1].shape == (6,)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0.1, atol=0.1)  # chance was met with half the rows
 
 
 def test_evidence_follows_a_cut() -> None:

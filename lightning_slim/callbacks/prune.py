@@ -171,6 +171,7 @@ class Prune(SlimCallback):
         self.pruner.budget, self.pruner.schedule = self.budget, self.schedule
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
+        self.pruner.ranks = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = epochs_in_run(trainer)

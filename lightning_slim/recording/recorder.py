@@ -77,6 +77,7 @@ class Recorder:
         self.model = model
         self.groups = list(groups)
         self.lags, self.memory = lags, memory
+        self.ranks = 1  # whose rows evidence counts
         self.wants_moments, self.wants_gates = moments, gates
         # One entry for each reader; of blocks, one for all.
         self.moments: dict[str, list[Moments | None]] = {
@@ -241,16 +242,18 @@ class Recorder:
             for name in of_gradients:
                 self._observe(name, group.name, OF_UNITS[name](effects))
 
-    def synchronise(self, average: Callable[[Tensor], Tensor], agree: Callable[[Any], Any]) -> None:
-        """Lets every rank know what all of them recorded: sums become their mean over ranks.
+    def synchronise(self, average: Callable[[Tensor], Tensor], agree: Callable[[Any], Any], ranks: int = 1) -> None:
+        """Lets every rank know what all of them recorded: sums become their mean over ranks, its share of them.
 
         Args:
             average: the mean of a tensor over ranks.
             agree: what rank 0 says.
+            ranks: how many there are.
 
         Raises:
             ValueError: ranks saw different numbers of classes or targets.
         """
+        self.ranks = ranks
         for of_groups in self.effects.values():
             of_groups.update({name: average(value) for name, value in of_groups.items()})
         for stream in self._streams():
@@ -266,10 +269,19 @@ class Recorder:
         """An effect of each unit of a group: mean over recorded steps, recent ones weighing more."""
         return self.effects[effect][group] / self.steps[effect][group]
 
+    def seen(self, group: str) -> list[Moments | None]:
+        """Moments at each reader of a group, of all ranks."""
+        return [self._of_all(moments) for moments in self.moments[group]]
+
     def told(self, group: str, slot: int) -> dict[Witness, Gathered]:
-        """What every witness gathered at one reader of a group."""
+        """What every witness gathered at one reader of a group, of all ranks."""
         seen = {witness: of_groups[group][slot] for witness, of_groups in self.gathered.items() if group in of_groups}
-        return {witness: gathered for witness, gathered in seen.items() if gathered is not None}
+        return {witness: self._of_all(gathered) for witness, gathered in seen.items() if gathered is not None}
+
+    def gated(self, group: str) -> JointMoments | None:
+        """Which units of a group were gated, and what the losses were more then, of all ranks."""
+        gates: JointMoments | None = self._of_all(self.gates.get(group))
+        return gates
 
     def keep(self, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> None:
         """Follows a cut: evidence of the units that stay is kept, of the others dropped."""
@@ -314,6 +326,15 @@ class Recorder:
         past, steps = self.effects[effect].get(group), self.steps[effect].get(group, 0.0)
         self.effects[effect][group] = new if past is None else self.memory * past + new
         self.steps[effect][group] = self.memory * steps + 1
+
+    def _of_all(self, mean: Any) -> Any:
+        """A statistic of all ranks, of their mean: each holds its share of the sums."""
+        if self.ranks == 1 or mean is None:
+            return mean
+        whole = copy.copy(mean)
+        for name, sums in mean.sums.items():
+            setattr(whole, name, self.ranks * sums)
+        return whole
 
     def _streams(self) -> list[Gathered]:
         """All streaming statistics that there are."""
