@@ -146,6 +146,7 @@ class Pruner:
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
+        self._without_signal: set[str] = set()  # groups that a warning was given for
         self._gone: set[str] = set()  # blocks that this pruner took out
         self._costs: Costs | None = None
         self._recorder: Recorder | None = None
@@ -342,7 +343,9 @@ class Pruner:
             return found
         fallback = self.guard.fallback
         instead = "it stays whole" if fallback is None else f"{type(fallback).__name__} scores it instead"
-        warnings.warn(f"No signal in {group.name}: {reason}; {instead}.", NoEffectWarning, stacklevel=5)
+        if group.name not in self._without_signal:  # the numbers of every cut are in the history
+            warnings.warn(f"No signal in {group.name}: {reason}; {instead}.", NoEffectWarning, stacklevel=5)
+        self._without_signal.add(group.name)
         return None if fallback is None else UnitScores(fallback(evidence).importance, None, found.calibration)
 
     def _plan(self, progress: float, scores: Mapping[str, UnitScores]) -> Plan:

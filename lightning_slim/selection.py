@@ -161,8 +161,8 @@ def steepness(
         costs: group -> what one unit costs, in any unit.
 
     Example:
-        >>> {name: s.tolist() for name, s in steepness({"a": torch.tensor([0.6, 1.0])}, {"a": 2.0}).items()}
-        {'a': [1.2000000476837158, 0.800000011920929]}
+        >>> steepness({"a": torch.tensor([0.75, 1.0])}, {"a": 2.0})["a"].tolist()
+        [1.5, 0.5]
     """
     slopes = {name: _concave_slopes(curve) / max(costs[name], 1e-12) for name, curve in curves.items()}
     mean = float(torch.cat(list(slopes.values())).mean()) if slopes else 1.0

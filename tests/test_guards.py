@@ -210,3 +210,17 @@ def test_a_score_without_p_values_cannot_protect(kwargs) -> None:
 def test_a_level_outside_0_and_1_is_refused() -> None:
     with pytest.raises(ValueError, match="`protect_significant` between 0 and 1, got 5"):
         Pruner(nn.Linear(2, 2), Granger(), protect_significant=5)
+
+
+def test_chance_stays_small_while_the_weights_change() -> None:
+    network, x = network_with_copies(), torch.randn(60, 6, dtype=torch.float64)
+    pruner = Pruner(network, Granger(0), Units(0.5), OneShot(0.5), guard=Guard(None))
+    pruner.prepare(x[:2])
+    for _ in range(40):
+        with torch.no_grad():
+            network[0].weight.normal_()
+            with pruner.recording():
+                network(torch.randn(60, 6, dtype=torch.float64))
+    found = pruner.score(pruner._evidence(pruner.groups[0])).calibration
+    assert float(found.by_chance[-1]) < 0.05
+    assert no_signal(found, 12) == ""

@@ -27,13 +27,11 @@ from lightning_slim.witness import Known, Witness, check_items, in_full
 
 Target = Literal["readers", "outputs", "labels", "losses"]
 NOTHING = 1e-5  # of the targets' variance: with the jitter on the diagonal, copies add a tenth of it
-ENOUGH_ROWS = 1024
+SOME_ROWS = 512  # of a batch: rows of one item say much the same
 
 
 class OfOthers(Accumulator):
     """Covariances of units with the same units of other items of a batch, of which they can tell nothing.
-
-    Nothing fades: what units have in common by chance does not change with the weights.
 
     Memory: `8 * units ** 2` bytes.
 
@@ -60,9 +58,6 @@ class OfOthers(Accumulator):
         """The covariances; zero while nothing was seen."""
         return (self.products / self.count.clamp_min(1e-300),)
 
-    def decay(self, factor: float) -> None:
-        """Not here."""
-
     def keep(self, units: Int[Tensor, "kept"]) -> None:
         """Drops all other units, on both sides."""
         super().keep(units)
@@ -71,16 +66,21 @@ class OfOthers(Accumulator):
 
 @dataclass(frozen=True)
 class Exchanged(Witness):
-    """Compares units with those of another item of the batch, until there are rows enough."""
+    """Compares units with those of another item of the batch, in some rows of every item.
+
+    And at another pixel or step: what all items have in common at one place is no chance.
+    """
 
     def hold(self, units: Float[Tensor, "items positions columns"]) -> Tensor:
         return units
 
     def add(self, gathered: OfOthers | None, held: Tensor, known: None) -> OfOthers:
         gathered = gathered or OfOthers(held.shape[2], held.device)
-        enough = max(ENOUGH_ROWS, 4 * held.shape[2])
-        if len(held) > 1 and gathered.count < enough:
-            gathered.update(*(thinned(units.flatten(0, 1), enough) for units in (held, held.roll(1, 0))))
+        if len(held) > 1:
+            items, places, _ = held.shape
+            row = thinned(torch.arange(items * places, device=held.device), SOME_ROWS)
+            item, place = row // places, row % places
+            gathered.update(held[item, place], held[(item - 1) % items, (place + places // 2) % places])
         return gathered
 
     def blank(self, state: Mapping[str, Tensor]) -> OfOthers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 DEAD = 1e-13  # of a series' largest value: a smaller spread is rounding
@@ -33,7 +33,7 @@ def with_lags(series: Float[Tensor, "items steps units"], lags: int) -> Float[Te
     return torch.stack(columns, dim=-1).flatten(0, 1)
 
 
-def thinned(rows: Float[Tensor, "rows *columns"], enough: int) -> Float[Tensor, "fewer *columns"]:
+def thinned(rows: Shaped[Tensor, "rows *columns"], enough: int) -> Shaped[Tensor, "fewer *columns"]:
     """At most `enough` rows, from everywhere.
 
     Rows come in the order of items and pixels: every n-th, where n shares a factor with the width of an image, is of
