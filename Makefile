@@ -25,6 +25,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_scores.py digits-fnn digits-gru --out build/scores
 	$(BIN)/python benchmarks/bench_recurrent.py
 	$(BIN)/python benchmarks/bench_statistics.py
+	$(BIN)/python benchmarks/bench_inputs.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/bench_surgery.py
 
 # The constraints are a tested, pinned set: any looser request for torch may pull gigabytes of CUDA libraries.
