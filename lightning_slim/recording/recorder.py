@@ -188,13 +188,14 @@ class Recorder:
     @torch.no_grad()
     def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
         """Adds what one reader was given to the moments."""
-        for witness in self.gathered:
+        if self.gathered:
             arrived = items_at(inputs.detach(), reader, self._width(reader))
-            held = _Held(witness, name, slot, witness.hold(arrived))
-            if witness.known is None:
-                self._add(held, None)
-            else:
-                self._held.append(held)
+            for witness in self.gathered:
+                held = _Held(witness, name, slot, witness.hold(arrived))
+                if witness.known is None:
+                    self._add(held, None)
+                else:
+                    self._held.append(held)
         if not self.wants_moments:
             return
         units = reader.span.index.shape[0]
