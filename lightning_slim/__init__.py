@@ -1,7 +1,7 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
 from lightning_slim.budgets import Budget, MACs, Significant, Units
-from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune
+from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, WeightPrune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, MaskEvent, PruningEvent, ScreeningEvent
 from lightning_slim.masker import Masker
@@ -98,6 +98,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted)
     "Unstructured",
     "Wanda",
     "WeightMagnitude",
+    "WeightPrune",
     "WeightSaliency",
     "WeightScore",
     "find_groups",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,12 @@ class Masker:
         return self.prepared and (self._steps > 0 or not self.score.streamed)
 
     @property
+    def in_step(self) -> bool:
+        """Whether the model still has the shapes that it was masked in."""
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        return self.prepared and all(shapes.get(name) == mask.shape for name, mask in self.masks.items())
+
+    @property
     def weights(self) -> dict[str, nn.Parameter]:
         """The masked weights as they stand in the model."""
         return {name: self.model.get_parameter(name) for name in self.masks}
@@ -154,11 +161,12 @@ class Masker:
             handle.remove()
         self._handles.clear()
 
-    def observe(self) -> None:
-        """Adds the scores of this step, of weights and gradients as they are; gradients must be whole and unscaled."""
+    def observe(self, optimizer: Optimizer) -> None:
+        """Adds the scores of a step that an optimizer is going to take; gradients must be whole and unscaled."""
         if self.score.streamed:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, weight in self.weights.items():
-                if weight.grad is not None:
+                if weight.grad is not None and id(weight) in held:
                     score = self.score(weight.detach(), weight.grad).float()
                     self._sums[name] = self._sums[name] + score if name in self._sums else score
             self._steps += 1
@@ -310,7 +318,8 @@ def sparsity_of(pattern: Pattern, sparsity: float | None, distribution: Distribu
         ValueError: it is none, or not the pattern's.
     """
     fixed = pattern.sparsity
-    if fixed is not None and (sparsity not in (None, fixed) or not isinstance(distribution, Uniform)):
+    other = sparsity is not None and fixed is not None and not math.isclose(sparsity, fixed)
+    if other or (fixed is not None and not isinstance(distribution, Uniform)):
         raise ValueError(
             f"Expected a sparsity of {fixed:g} in every weight, which {pattern} stands for, got {sparsity} and "
             f"{distribution}: leave both out, or choose another pattern."

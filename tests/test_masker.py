@@ -173,6 +173,7 @@ def test_2_of_4_is_valid_in_every_group_during_training() -> None:
 
 def test_streamed_scores_are_means_over_steps() -> None:
     net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters())
     masker = Masker(net, 0.5, score=WeightSaliency(), schedule=OneShot(0.0))
     masker.prepare(loss_of(net))
     assert not masker.ready
@@ -180,7 +181,7 @@ def test_streamed_scores_are_means_over_steps() -> None:
     for step in range(3):
         net.zero_grad()
         loss_of(net, step).backward()
-        masker.observe()
+        masker.observe(optimizer)
         expected += (net[0].weight * net[0].weight.grad).abs().detach()
     assert masker.ready
     masker.update(1.0)
