@@ -86,6 +86,33 @@ class ScreeningEvent:
         return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True)
+class MaskEvent:
+    """One update of the masks of weights.
+
+    Attributes:
+        step: optimizer steps taken before it.
+        progress: fraction of the run that was done.
+        asked: fraction of the weights that was to be zero.
+        reached: fraction that is.
+        zeros: weight -> how many of its entries are zero.
+        weights: weight -> how many entries it has.
+    """
+
+    step: int
+    progress: float
+    asked: float
+    reached: float
+    zeros: dict[str, int]
+    weights: dict[str, int]
+
+    def __str__(self) -> str:
+        zeros, weights = sum(self.zeros.values()), sum(self.weights.values())
+        return (
+            f"step {self.step}: {zeros:,} of {weights:,} weights are zero, {self.reached:.1%} ({self.asked:.1%} asked)"
+        )
+
+
 @dataclass
 class History:
     """All events of a run, in order."""

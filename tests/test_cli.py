@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from lightning_slim.budgets import Budget
-from lightning_slim.callbacks import GrangerPrune, Prune
+from lightning_slim.callbacks import GrangerPrune, Prune, WeightPrune
 from lightning_slim.cli import main
+from lightning_slim.masks import NM, Distribution, Pattern, WeightScore
 from lightning_slim.schedules import Schedule
 from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
 
@@ -78,6 +79,34 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     again = parser.parse_string(parser.dump(parsed))
     callback = parser.instantiate_classes(again).callback
     assert getattr(callback, argument) == kind()
+
+
+OF_WEIGHTS = {Pattern: "pattern", Distribution: "distribution", WeightScore: "score", Schedule: "schedule"}
+
+
+@pytest.mark.parametrize("kind", [c for base in OF_WEIGHTS for c in base.__subclasses__()], ids=lambda c: c.__name__)
+def test_every_choice_of_masks_goes_through_yaml(kind: type) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(WeightPrune, "callback")
+    argument = OF_WEIGHTS[kind.__mro__[1]]
+    arguments = {argument: {"class_path": f"{kind.__module__}.{kind.__name__}"}}
+    written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.WeightPrune", "init_args": arguments}})
+    again = parser.parse_string(parser.dump(parser.parse_string(written)))
+    callback = parser.instantiate_classes(again).callback
+    assert getattr(callback, argument) == kind()
+
+
+def test_masks_are_trained_from_the_command_line(config: Path, tmp_path: Path) -> None:
+    demo = yaml.safe_load(config.read_text())
+    masks = {"pattern": {"class_path": "lightning_slim.NM", "init_args": {"n": 1, "m": 4}}, "skip": ["net.1"]}
+    demo["trainer"]["callbacks"] = [{"class_path": "lightning_slim.WeightPrune", "init_args": masks}]
+    config.write_text(yaml.safe_dump(demo))
+    main(["fit", "--config", str(config), "--baseline", "false"])
+    (checkpoint,) = (tmp_path / "logs").rglob("*.ckpt")
+    weight = torch.load(checkpoint)["state_dict"]["net.5.weight"]
+    assert ((weight.view(16, -1, 4, 3) != 0).sum(2) == NM(1, 4).n).all()
 
 
 def test_a_combination_of_scores_goes_through_yaml() -> None:

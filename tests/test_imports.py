@@ -37,6 +37,8 @@ MAY_IMPORT = {
     "report": {"profile", "surgery", "weight_norm"},
     "input_evidence": {"statistics"},
     "input_screener": {"eager", "history", "input_evidence", "surgery", "units"},
+    "masks": {"skipping", "weight_norm"},
+    "masker": {"history", "masks", "schedules", "skipping", "surgery", "units"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {
@@ -45,8 +47,8 @@ MAY_IMPORT = {
     },
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
-        "input_screener", "losses", "pruner", "recording", "report", "schedules", "scores", "selection", "skipping",
-        "surgery", "weight_norm",
+        "input_screener", "losses", "masker", "masks", "pruner", "recording", "report", "schedules", "scores",
+        "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

@@ -1,0 +1,202 @@
+"""Masks of weights while a Trainer trains."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.companions import copies, reset_monitors
+from lightning_slim.callbacks.prune import epochs_in_run
+from lightning_slim.history import MaskEvent
+from lightning_slim.masker import Masker, sparsity_of
+from lightning_slim.masks import Distribution, Pattern, Uniform, Unstructured, WeightMagnitude, WeightScore
+from lightning_slim.pruner import NoEffectWarning
+from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.skipping import Skip
+from lightning_slim.surgery import StructureChange
+
+
+class WeightPrune(SlimCallback):
+    """Zeroes weights while the model trains, and keeps them exactly zero: the network gets sparse, not smaller.
+
+    Linear layers, convolutions that are not transposed, recurrent layers and embeddings are masked, as far as they
+    train; never biases and norms, nor the last layers, which are found from the first loss. Weights stay plain
+    parameters: a checkpoint's `state_dict` has the keys of a dense one.
+
+    Args:
+        sparsity: the fraction of the masked layers' weights that is GONE in the end; None: what the pattern stands
+            for, or 0.8.
+        pattern: which weights go together: `Unstructured()`, `NM(2, 4)`, `Block(4, 1)`.
+        score: how much each weight matters.
+        distribution: how the zeros are shared out among layers: `Uniform()`, `ErdosRenyiKernel()`, `Global()`.
+        schedule: how much of the removal is done by which fraction of the run.
+        update_every: epochs of training between two updates of the masks, fractions allowed (0.25: four an epoch).
+        module: dotted name of the only part of the model that is masked, such as `"backbone"`; all of it if empty.
+        skip: what stays dense: names of layers, patterns such as `"net.encoder.*"`, types or their names.
+        mask_last: whether the last layers are masked, too.
+        reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each update: what was best before was
+            best of a denser model. Files of the old best stay on disk.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: Pattern = Unstructured(),  # noqa: B008 (frozen)
+        score: WeightScore = WeightMagnitude(),  # noqa: B008 (frozen)
+        distribution: Distribution = Uniform(),  # noqa: B008 (frozen)
+        schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
+        update_every: float = 0.25,
+        module: str = "",
+        skip: Skip = (),
+        mask_last: bool = False,
+        reset_monitors: bool = True,
+    ) -> None:
+        if update_every <= 0:
+            raise ValueError(f"Expected `update_every` above 0, in epochs, got {update_every}.")
+        self.sparsity = sparsity_of(pattern, sparsity, distribution)
+        self.pattern, self.score, self.distribution, self.schedule = pattern, score, distribution, schedule
+        self.update_every, self.module, self.skip, self.mask_last = update_every, module, skip, mask_last
+        self.reset_monitors = reset_monitors
+        self._masker: Masker | None = None
+        self._point = -1  # the last point in time at which an update was decided on
+        self._finding = True  # what is last, in the first batch
+        self._copies_behind = False  # after a cut of the structure
+
+    @property
+    def masker(self) -> Masker:
+        """What does the work; there is one once a fit was set up."""
+        if self._masker is None:
+            raise RuntimeError("Expected a fit to be under way or over: there is no masker before.")
+        return self._masker
+
+    @property
+    def events(self) -> list[MaskEvent]:
+        """All updates so far."""
+        return self.masker.events
+
+    # --- set up, save, resume ---
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        old = self._masker
+        if old is None or old.model is not pl_module or not old.in_step:
+            self._point, self._finding, self._copies_behind = -1, True, False
+            self._masker = Masker(
+                pl_module,
+                self.sparsity,
+                self.pattern,
+                self.score,
+                self.distribution,
+                self.schedule,
+                module=self.module,
+                skip=self.skip,
+                mask_last=self.mask_last,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        masker = self._masker.state_dict() if self._masker is not None and not self._finding else {}
+        return {"point": self._point, "masker": masker}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._point = state_dict["point"]
+        self._finding = not state_dict["masker"]
+        if not self._finding:
+            self.masker.load_state_dict(state_dict["masker"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.masker.schedule = self.schedule
+        self.masker.agree = partial(trainer.strategy.broadcast, src=0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = epochs_in_run(trainer)
+        last = (math.ceil(run / self.update_every - 1e-9) - 1) * self.update_every / run
+        if self.schedule.end > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"Expected a schedule that ends by {last:.2f} of the run, the last point at which masks are updated "
+                f"({run:g} epochs, updates {self.update_every:g} apart), got {self.schedule}: end it earlier, or lower "
+                "`update_every`."
+            )
+        if not self._finding:
+            self.masker.attach(trainer.optimizers)
+            self.masker.apply(pl_module)
+
+    # --- train ---
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
+        point = math.floor(epochs / self.update_every + 1e-9)
+        if point <= self._point or self._finding:
+            return
+        progress = min(point * self.update_every / epochs_in_run(trainer), 1.0)
+        if self.schedule(progress) > 0 and not self.masker.ready:
+            return  # it will be, after the next step
+        event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
+        self._point = point
+        if event is not None:
+            if self.reset_monitors:
+                reset_monitors(trainer)
+            rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
+            for logger in trainer.loggers:
+                logger.log_metrics(self._scalars(), step=trainer.global_step)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._finding:  # each of several losses has its own last layers
+            self.masker.prepare(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # Gradients are whole and unscaled here, and not clipped yet.
+        if not self._finding:
+            self.masker.observe(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._finding and self.masker.prepared:
+            self._finding = False
+            self.masker.attach(trainer.optimizers)
+        if self._copies_behind:
+            self._copies_behind = False
+            for copied in copies(trainer):
+                self.masker.apply(copied)
+
+    def on_structure_change(self, change: StructureChange) -> None:
+        """A pruning callback cut the module, its optimizers and its copies."""
+        self.masker.follow(change)
+        self._copies_behind = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.masker.prepared:
+            scalars = self._scalars()
+            pl_module.log("slim/sparsity", scalars.pop("slim/sparsity"), prog_bar=True)
+            pl_module.log_dict(scalars)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.masker.detach()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.masker.detach()
+        if self.masker.prepared and self.schedule.end > self._progress(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"Masking is not finished: {self.masker.reached:.1%} of the weights are zero, {self.sparsity:.1%} was "
+                "asked for. The run stopped before the schedule ended.",
+                category=NoEffectWarning,
+            )
+
+    # --- details ---
+
+    def _progress(self, trainer: Trainer) -> float:
+        """Of the run, at the last update."""
+        return self._point * self.update_every / epochs_in_run(trainer) + 1e-9
+
+    def _scalars(self) -> dict[str, float]:
+        masks = self.masker.masks.items()
+        by_weight = {f"slim/sparsity/{name}": 1 - float(mask.float().mean()) for name, mask in masks}
+        return {"slim/sparsity": self.masker.reached, **by_weight}

@@ -1,0 +1,354 @@
+"""Score -> share out -> choose -> zero, of single weights: plain weights and masks beside them. Needs no Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_slim.history import MaskEvent
+from lightning_slim.masks import (
+    Distribution,
+    Layer,
+    Pattern,
+    Uniform,
+    Unstructured,
+    WeightMagnitude,
+    WeightScore,
+    find_last,
+    find_weights,
+    stacked,
+    unstacked,
+)
+from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.skipping import Skip, check_skip
+from lightning_slim.surgery import StructureChange
+from lightning_slim.units import UnitGroup
+
+
+class Masker:
+    """Zeroes weights of a model while it trains, and keeps them zero.
+
+    The weights stay plain parameters under their names. Masks lie beside them: gradients are masked as they arrive,
+    so that clipping sees what trains, and weights are zeroed again after each step of each optimizer.
+
+    Args:
+        model: the module whose parameters the optimizers hold.
+        sparsity: the fraction of the weights that is gone in the end; None: what the pattern stands for, or 0.8.
+        pattern: which weights go together.
+        score: how much each weight matters.
+        distribution: how the zeros are shared out among layers.
+        schedule: how much of the removal is done by when.
+        module: dotted name of the only part that is masked; all of it if empty.
+        skip: what stays dense: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
+        mask_last: whether the last layers, those right before the loss, are masked too.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(net.parameters())
+        >>> masker = Masker(net, sparsity=0.5, schedule=OneShot(at=0.5))
+        >>> loss = net(torch.randn(3, 4)).sum()
+        >>> masker.prepare(loss)
+        >>> masker.attach([optimizer])
+        >>> print(masker.update(progress=0.5, optimizers=[optimizer]))
+        step 0: 16 of 32 weights are zero, 50.0% (50.0% asked)
+        >>> int((net[0].weight == 0).sum()), int((net[2].weight == 0).sum())
+        (16, 0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float | None = None,
+        pattern: Pattern | None = None,
+        score: WeightScore | None = None,
+        distribution: Distribution | None = None,
+        schedule: Schedule | None = None,
+        *,
+        module: str = "",
+        skip: Skip = (),
+        mask_last: bool = False,
+    ) -> None:
+        self.pattern = pattern or Unstructured()
+        self.distribution = distribution or Uniform()
+        self.sparsity = sparsity_of(self.pattern, sparsity, self.distribution)
+        self.model = model
+        self.score = score or WeightMagnitude()
+        self.schedule = schedule or Cubic()
+        self.module, self.skip, self.mask_last = module, tuple(skip), mask_last
+        self.masks: dict[str, Bool[Tensor, "..."]] = {}  # weight -> True where it stays; of all that may be masked
+        self.last: set[str] = set()  # weights of the last layers
+        self.events: list[MaskEvent] = []
+        self.agree: Callable[[Any], Any] = _alone  # several processes: what rank 0 says
+        self._sums: dict[str, Float[Tensor, "..."]] = {}  # scores that are streamed
+        self._steps = 0  # that were added up there
+        self._aliases: dict[str, str] = {}  # every name of a masked weight -> the one that it is masked under
+        self._attached = False
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it is known what is masked."""
+        return bool(self.masks)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to score by."""
+        return self.prepared and (self._steps > 0 or not self.score.streamed)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model still has the shapes that it was masked in."""
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        return self.prepared and all(shapes.get(name) == mask.shape for name, mask in self.masks.items())
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The masked weights as they stand in the model."""
+        return {name: self.model.get_parameter(name) for name in self.masks}
+
+    @property
+    def reached(self) -> float:
+        """The fraction of the weights that is gone."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / total
+
+    def prepare(self, loss: Tensor | None = None) -> None:
+        """Finds what can be masked, and checks that it can; no weight is touched.
+
+        Args:
+            loss: a loss of the model, with its graph: it tells which layers are last. None: none is.
+
+        Raises:
+            ValueError: nothing can be masked, or a weight does not fit the pattern.
+        """
+        check_skip(self.model, [*self.skip, *([self.module] if self.module else [])])
+        weights = find_weights(self.model, self.module, self.skip)
+        if loss is not None and not self.mask_last:
+            self.last |= find_last(loss, weights)
+        weights = {name: weight for name, weight in weights.items() if name not in self.last}
+        if not weights:
+            raise ValueError(
+                f"Nothing can be masked in {type(self.model).__name__}: it has no linear, convolutional, recurrent or "
+                "embedding weights but those that are skipped, frozen or right before the loss."
+            )
+        for name, weight in weights.items():
+            if wrong := self.pattern.refuses(stacked(weight).shape):
+                raise ValueError(f"{wrong} ({name}, with `skip`).")
+        self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+        self._name()
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """From now on gradients are masked, and weights are zeroed after each step of these optimizers."""
+        self.detach()
+        self._attached = True
+        optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
+        for name, weight in self.weights.items():
+            self.masks[name] = self.masks[name].to(weight.device)
+            self._handles.append(weight.register_hook(self._masking(name)))  # type: ignore[no-untyped-call]
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+
+    def detach(self) -> None:
+        """The weights are as free as they were; zeros stay zero until someone changes them."""
+        self._attached = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def observe(self, optimizer: Optimizer) -> None:
+        """Adds the scores of a step that an optimizer is going to take; gradients must be whole and unscaled."""
+        if self.score.streamed:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, weight in self.weights.items():
+                if weight.grad is not None and id(weight) in held:
+                    score = self.score(weight.detach(), weight.grad).float()
+                    self._sums[name] = self._sums[name] + score if name in self._sums else score
+            self._steps += 1
+
+    @torch.inference_mode(False)
+    def update(
+        self,
+        progress: float,
+        optimizers: Iterable[Optimizer] = (),
+        copies: Iterable[nn.Module] = (),
+        global_step: int = 0,
+    ) -> MaskEvent | None:
+        """Zeroes what is due at `progress`; the optimizers forget what they knew of it.
+
+        What is gone stays gone, and counts: the target is a fraction of all weights, however many updates lead there.
+
+        Args:
+            progress: fraction of the run that is done.
+            optimizers: all that hold weights of the model.
+            copies: other modules of the same structure, such as weight averages, to be zeroed alike.
+            global_step: for the history.
+
+        Returns:
+            What was done; None if nothing was due.
+        """
+        asked = self.sparsity * self.schedule(progress)
+        if asked <= self.reached:
+            return None
+        new: dict[str, Tensor] = self.agree(self._choose(asked))
+        if all(torch.equal(new[name], mask) for name, mask in self.masks.items()):
+            return None
+        self.masks = {name: new[name].to(weight.device) for name, weight in self.weights.items()}
+        self._sums, self._steps = {}, 0
+        for model in (self.model, *copies):
+            self.apply(model)
+        self._forget(optimizers)
+        self.events.append(self._event(progress, asked, global_step))
+        return self.events[-1]
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Zeroes what is masked in the model, or in a copy of it."""
+        for name, mask in self.masks.items():
+            weight = model.get_parameter(name)
+            weight.masked_fill_(~mask.to(weight.device), 0)
+
+    def follow(self, change: StructureChange) -> None:
+        """Cuts the masks as the model was cut. Rows and columns break patterns: of cut weights, these are chosen anew.
+
+        Args:
+            change: the cut, which the model and its optimizers have been through already.
+        """
+        gone, dropped = _gone(change.groups, change.plan)
+        stand = {name for name in self.masks if not any(name.startswith(f"{path}.") for path in dropped)}
+        cut = {name for name, _ in gone if self._aliases.get(name, name) in stand}
+        for held in (self.masks, self._sums):
+            for name in held.keys() - stand:
+                del held[name]
+            for (alias, axis), at in gone.items():
+                name = self._aliases.get(alias, alias)
+                if name in held:
+                    held[name] = _without(held[name], axis, at)
+        if self.pattern.aligned:
+            for name in {self._aliases.get(name, name) for name in cut} & self.masks.keys():
+                mask = self.masks[name]
+                pieces = len(self.pattern.pool(stacked(mask.float())))
+                self.masks[name] = self._mask(name, round((1 - float(mask.double().mean())) * pieces))
+        self._name()
+        self.apply(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, streamed scores and events, as plain data and tensors."""
+        return {
+            "masks": dict(self.masks),
+            "last": sorted(self.last),
+            "sums": dict(self._sums),
+            "steps": self._steps,
+            "events": [vars(event).copy() for event in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, on a model of the same shapes."""
+        self.masks, self._sums, self._steps = dict(state["masks"]), dict(state["sums"]), state["steps"]
+        self.last = set(state["last"])
+        self.events = [MaskEvent(**event) for event in state["events"]]
+        self._name()
+
+    # --- details ---
+
+    def _choose(self, asked: float) -> dict[str, Tensor]:
+        scores = {name: stacked(self._scores(name)) for name in self.masks}
+        layers = {n: Layer(tuple(self.masks[n].shape), self.pattern.pool(stack)) for n, stack in scores.items()}
+        return {name: self._mask(name, removed) for name, removed in self.distribution(layers, asked).items()}
+
+    def _mask(self, name: str, removed: int) -> Bool[Tensor, "..."]:
+        chosen = self.pattern.choose(stacked(self._scores(name)), removed)
+        return unstacked(chosen, tuple(self.masks[name].shape)).contiguous()
+
+    @torch.no_grad()
+    def _scores(self, name: str) -> Float[Tensor, "..."]:
+        """Scores of one weight; what is gone comes behind all that stays."""
+        weight = self.model.get_parameter(name)
+        score = self._sums.get(name, torch.zeros_like(weight)) if self.score.streamed else self.score(weight, weight)
+        return score.float().masked_fill(~self.masks[name].to(weight.device), -1.0)
+
+    def _masking(self, name: str) -> Callable[[Tensor], Tensor | None]:
+        """A hook on a gradient. A cut hands it on to the new parameter, so that it looks its mask up."""
+
+        def hook(gradient: Tensor) -> Tensor | None:
+            return gradient.masked_fill(~self.masks[name], 0) if self._attached and name in self.masks else None
+
+        return hook
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.apply(self.model)
+
+    @torch.no_grad()
+    def _forget(self, optimizers: Iterable[Optimizer]) -> None:
+        """Clears the momentum of what is gone."""
+        weights = self.weights
+        for optimizer in optimizers:
+            for name, weight in weights.items():
+                for value in optimizer.state.get(weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        value.masked_fill_(~self.masks[name].to(value.device), 0)
+
+    def _event(self, progress: float, asked: float, global_step: int) -> MaskEvent:
+        zeros = {name: int((~mask).sum()) for name, mask in self.masks.items()}
+        return MaskEvent(
+            step=global_step,
+            progress=progress,
+            asked=asked,
+            reached=self.reached,
+            zeros=zeros,
+            weights={name: mask.numel() for name, mask in self.masks.items()},
+        )
+
+    def _name(self) -> None:
+        """Learns every name of every masked weight."""
+        first = {id(weight): name for name, weight in self.weights.items()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self._aliases = {name: first[id(p)] for name, p in named if id(p) in first}
+
+
+def sparsity_of(pattern: Pattern, sparsity: float | None, distribution: Distribution) -> float:
+    """The fraction of zeros that is meant.
+
+    Raises:
+        ValueError: it is none, or not the pattern's.
+    """
+    fixed = pattern.sparsity
+    other = sparsity is not None and fixed is not None and not math.isclose(sparsity, fixed)
+    if other or (fixed is not None and not isinstance(distribution, Uniform)):
+        raise ValueError(
+            f"Expected a sparsity of {fixed:g} in every weight, which {pattern} stands for, got {sparsity} and "
+            f"{distribution}: leave both out, or choose another pattern."
+        )
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise ValueError(f"Expected a sparsity in (0, 1), the fraction of the weights that goes, got {sparsity}.")
+    return sparsity if sparsity is not None else fixed if fixed is not None else 0.8
+
+
+def _gone(groups: Sequence[UnitGroup], plan: Mapping[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], set[str]]:
+    """(tensor, axis) -> positions that a plan removes, and the blocks that it takes out."""
+    gone: dict[tuple[str, int], Tensor] = {}
+    dropped: set[str] = set()
+    for group in groups:
+        if group.name in plan:
+            keep = plan[group.name].cpu()
+            dropped |= set(group.removed_blocks(keep))
+            for span in group.spans:
+                before = gone.get((span.tensor, span.axis), torch.empty(0, dtype=torch.long))
+                gone[span.tensor, span.axis] = torch.cat([before, span.index[~keep].flatten()])
+    return gone, dropped
+
+
+def _without(tensor: Tensor, axis: int, gone: Tensor) -> Tensor:
+    """A tensor without these positions of an axis."""
+    stays = torch.ones(tensor.shape[axis], dtype=torch.bool)
+    stays[gone] = False
+    return tensor.index_select(axis, stays.nonzero().flatten().to(tensor.device))
+
+
+def _alone(value: Any) -> Any:
+    return value

@@ -1,0 +1,57 @@
+"""Which weights of a network can be masked, and how each is seen: as a stack of matrices."""
+
+from __future__ import annotations
+
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from lightning_slim.skipping import Skip, skips
+from lightning_slim.weight_norm import obstacle, weight_norm_of
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.Embedding)
+
+
+def find_weights(model: nn.Module, module: str = "", skip: Skip = ()) -> dict[str, nn.Parameter]:
+    """The weights that can be masked: dotted name -> parameter; a tied one once, under its first name, if
+    none of its layers stays whole.
+
+    Those of linear layers, convolutions that are not transposed, recurrent layers and embeddings, if they train. Never
+    biases and norms.
+
+    Args:
+        model: the network.
+        module: dotted name of the only part of it that counts; all of it if empty.
+        skip: layers that stay whole: names, patterns or types.
+
+    Raises:
+        ValueError: a layer computes its weight of other tensors, as under a parametrization.
+    """
+    found: dict[str, nn.Parameter] = {}
+    whole: set[int] = set()
+    for path, layer in model.named_modules():
+        outside = bool(module) and not f"{path}.".startswith(f"{module}.")
+        if outside or any(skips(entry, path, layer) for entry in skip):
+            whole |= {id(parameter) for parameter in layer.parameters(recurse=False)}
+            continue
+        if not isinstance(layer, LAYERS):
+            continue
+        reason = "is under weight norm: remove it, or leave it whole" if weight_norm_of(layer) else obstacle(layer)
+        if reason:
+            raise ValueError(f"Expected plain weights to mask, got {path or type(layer).__name__}, which {reason}.")
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.startswith("weight") and parameter.requires_grad:
+                found[f"{path}.{name}" if path else name] = parameter
+    first: dict[int, str] = {}
+    for name, parameter in found.items():
+        first.setdefault(id(parameter), name)
+    return {name: p for name, p in found.items() if first[id(p)] == name and id(p) not in whole}
+
+
+def stacked(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "taps rows inputs"]:
+    """A weight, or what has its shape, as a matrix of outputs by inputs for each tap of a kernel."""
+    return tensor.flatten(2).permute(2, 0, 1) if tensor.ndim > 2 else tensor.unsqueeze(0)
+
+
+def unstacked(stack: Shaped[Tensor, "taps rows inputs"], shape: tuple[int, ...]) -> Shaped[Tensor, "..."]:
+    """The inverse of `stacked`."""
+    return stack.permute(1, 2, 0).reshape(shape)

@@ -1,0 +1,132 @@
+"""Numbers worked out by hand, and by the formulas of papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_slim.masks import (
+    NM,
+    Block,
+    ErdosRenyiKernel,
+    Global,
+    Layer,
+    WeightSaliency,
+    find_last,
+    find_weights,
+    stacked,
+    unstacked,
+)
+
+
+def test_erdos_renyi_kernel_by_hand() -> None:
+    """Two layers that both have room: densities are e (3 + 8 + 3 + 3) / 216 and e (16 + 10) / 160, 376 entries."""
+    layers = {"conv": Layer((8, 3, 3, 3), torch.rand(216)), "fc": Layer((10, 16), torch.rand(160))}
+    # e (17 + 26) = 0.2 * 376 = 75.2, rounded to 75: e = 75 / 43, so 29.65 and 45.35 entries stay.
+    assert ErdosRenyiKernel(0.0)(layers, 0.8) == {"conv": 216 - 30, "fc": 160 - 45}
+
+
+def test_erdos_renyi_kernel_keeps_small_layers_dense() -> None:
+    """As in the authors' code: what would be denser than 1 is 1, and e is computed anew for the rest."""
+    layers = {
+        "small": Layer((4, 4), torch.rand(16)),
+        "middle": Layer((20, 20), torch.rand(400)),
+        "large": Layer((100, 50), torch.rand(5000)),
+    }
+    # 0.1 * 5416 = 541.6 -> 542 stay; e = 542 / (8 + 40 + 150) = 2.74 > 2 = 16 / 8, so the small one is dense; then
+    # e = (542 - 16) / 190 = 2.768: 110.7 and 415.3.
+    removed = ErdosRenyiKernel(0.0)(layers, 0.9)
+    assert removed == {"small": 0, "middle": 400 - 111, "large": 5000 - 415}
+
+
+def test_a_global_threshold_by_hand() -> None:
+    layers = {"a": Layer((2, 3), torch.tensor([9.0, 8, 1, 7, 2, 6])), "b": Layer((1, 4), torch.tensor([3.0, 0, 5, 4]))}
+    assert Global(0.0)(layers, 0.5) == {"a": 2, "b": 3}  # 0, 1, 2, 3 and 4 go
+    assert Global(0.5)(layers, 0.5) == {"a": 3, "b": 2}  # 5 and 4 are protected: 6 goes instead of 4
+
+
+def test_blocks_by_hand() -> None:
+    scores = torch.arange(16.0).view(1, 4, 4)
+    assert Block(2, 2).pool(scores).tolist() == [10, 18, 42, 50]
+    expected = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert Block(2, 2).choose(scores, 3)[0].int().tolist() == expected
+
+
+def test_n_of_m_lies_along_the_inputs_of_a_convolution() -> None:
+    conv = nn.Conv2d(8, 6, 3)
+    mask = unstacked(NM().choose(stacked(conv.weight.detach().abs()), 216), (6, 8, 3, 3))
+    assert (mask.view(6, 2, 4, 3, 3).sum(2) == 2).all()
+    kept = conv.weight.abs().view(6, 2, 4, 3, 3).topk(2, 2).values
+    assert torch.equal((conv.weight.abs() * mask).view(6, 2, 4, 3, 3).topk(2, 2).values, kept)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 5), (4, 3, 5, 2), (4, 3, 2, 2, 2)])
+def test_stacks_are_undone(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    assert torch.equal(unstacked(stacked(weight), shape), weight)
+    assert stacked(weight).shape[1:] == shape[:2]
+
+
+def test_saliency_is_what_the_loss_changes_by_to_first_order() -> None:
+    weight = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+    x = torch.randn(5, 4, dtype=torch.double)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return (x @ w.T).sin().sum()
+
+    (gradient,) = torch.autograd.grad(loss(weight), weight)
+    step = 1e-6
+    for i in range(12):
+        smaller = weight.detach().clone()
+        smaller.view(-1)[i] *= 1 - step
+        change = abs(float((loss(weight) - loss(smaller)).detach())) / step
+        assert float(WeightSaliency()(weight.detach(), gradient).view(-1)[i]) == pytest.approx(change, rel=1e-4)
+
+
+class Net(nn.Module):
+    """Every kind of layer there is, two heads, a tie and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(20, 8), nn.LSTM(8, 12, num_layers=2, batch_first=True, bidirectional=True)
+        self.norm, self.conv = nn.LayerNorm(24), nn.Conv1d(24, 8, 3)
+        self.frozen, self.fc = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
+        self.words, self.classes = nn.Linear(8, 20), nn.Linear(8, 3)
+        self.words.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor, tied: bool = False) -> torch.Tensor:
+        x = self.conv(self.norm(self.rnn(self.embed(x))[0]).transpose(1, 2)).transpose(1, 2)
+        x = F.relu(self.fc(self.frozen(x)))
+        return self.words(x) if tied else self.classes(x)
+
+
+def test_weights_are_found_without_biases_and_norms() -> None:
+    net = Net()
+    rnn = [f"rnn.weight_{a}_l{i}{d}" for i in (0, 1) for d in ("", "_reverse") for a in ("ih", "hh")]
+    assert [*find_weights(net)] == ["embed.weight", *rnn, "conv.weight", "fc.weight", "classes.weight"]
+    assert [*find_weights(net, skip=["Embedding", "rnn", "cl*"])] == ["conv.weight", "fc.weight"]
+    assert [*find_weights(net, module="fc")] == ["fc.weight"]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_last_layers_are_found_in_the_graph(penalty: float) -> None:
+    net, words = Net(), torch.randint(0, 20, (4, 6))
+    weights = find_weights(net)
+    loss = net(words).square().mean() + penalty * sum(p.square().sum() for p in weights.values())
+    assert find_last(loss, weights) == {"classes.weight"}
+    assert find_last(loss + net(words, tied=True).mean(), weights) == {"classes.weight", "embed.weight"}
+
+
+def test_a_recurrent_layer_may_be_last() -> None:
+    net = nn.GRU(3, 4)
+    weights = find_weights(net)
+    assert find_last(net(torch.randn(5, 2, 3))[0].sum(), weights) == weights.keys()
+
+
+def test_last_layers_are_found_under_autocast() -> None:
+    net = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(torch.randn(2, 3, 5)).float().mean()
+    assert find_last(loss, find_weights(net)) == {"4.weight"}
