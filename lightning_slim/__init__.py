@@ -1,6 +1,6 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
-from lightning_slim.budgets import Budget, MACs, Significant, Units
+from lightning_slim.budgets import Budget, Bytes, MACs, Params, Significant, Units
 from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, PruningEvent, ScreeningEvent
@@ -41,6 +41,7 @@ __all__ = [
     "BatchNormScale",
     "BivariateGranger",
     "Budget",
+    "Bytes",
     "Combined",
     "Cubic",
     "Fisher",
@@ -57,6 +58,7 @@ __all__ = [
     "NoEffectWarning",
     "OneCycle",
     "OneShot",
+    "Params",
     "Plan",
     "Prune",
     "Pruner",

@@ -10,11 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_slim import Cubic, Linear, MACs, OneCycle, OneShot, Significant, Units, find_groups, remove_units
+from lightning_slim import (
+    Bytes,
+    Cubic,
+    Linear,
+    MACs,
+    Magnitude,
+    OneCycle,
+    OneShot,
+    Params,
+    Pruner,
+    Significant,
+    Units,
+    find_groups,
+    remove_units,
+)
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.profile import count_macs
 from lightning_slim.schedules import Schedule
+from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, find_work
 from tests.networks import Mixed, images, mixed_plan
 from tests.surgery.test_cut import NETWORKS, some
@@ -74,6 +89,67 @@ def test_budgets_grow_with_the_widths(kind: type) -> None:
     costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
     half = {name: units // 2 for name, units in costs.original.items()}
     assert 0 < kind().remaining(costs, half) < kind().remaining(costs, costs.original) == 1
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("kind", CLOSED)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_budget_is_reached_within_2_percent(kind: type[Budget], absolute: bool, scope: str) -> None:
+    torch.manual_seed(0)
+    network, x = Mixed((32, 48, 64), 80), images(0)[0]
+    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
+    budget = kind(absolute=0.4 * kind().whole(costs)) if absolute else kind(0.4)
+    importance = {name: torch.rand(units) for name, units in costs.original.items()}
+    widths = Selection(scope).fit(budget.target(costs), budget, costs, costs.original, importance)  # type: ignore[arg-type]
+    assert 0.98 * 0.4 <= budget.remaining(costs, widths) <= 0.4 + 1e-9
+    assert budget.target(costs) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("absolute", [0, -3.0, math.nan])
+@pytest.mark.parametrize("kind", CLOSED)
+def test_a_figure_that_is_not_above_0_is_refused(kind: type, absolute: float) -> None:
+    with pytest.raises(ValueError, match="a figure above 0"):
+        kind(absolute=absolute)
+
+
+def prepared(budget: Budget, **kwargs) -> Pruner:
+    torch.manual_seed(0)
+    pruner = Pruner(Mixed(), Magnitude(), budget, OneShot(0.5), compensate="none", **kwargs)
+    pruner.prepare(images(0)[0][:2])
+    return pruner
+
+
+def test_a_figure_is_what_is_left() -> None:
+    pruner = prepared(Params(absolute=4000))
+    event = pruner.step(0.5)
+    assert event is not None
+    assert (
+        3800 <= event.params == sum(p.numel() for p in pruner.model.parameters()) <= 4000
+    )  # a channel of `up` alone has 370
+    dense = sum(p.numel() for p in Mixed().parameters())
+    assert (event.asked, event.reached) == (4000 / dense, event.params / dense)
+
+
+def test_a_figure_that_cannot_be_met_is_refused_with_the_figure_that_can() -> None:
+    with pytest.raises(ValueError, match=r"Ask for at least Params\(absolute=\d+\)"):
+        prepared(Params(absolute=50))
+    with pytest.raises(ValueError, match="Expected a budget below what the model has"):
+        prepared(MACs(absolute=1e9))
+
+
+def test_bytes_are_those_of_the_state_dict() -> None:
+    network, x = Mixed(), images(0)[0]
+    groups = find_groups(network, x)
+    plan = mixed_plan(groups)
+    costs = Costs.from_state(Costs.of(network, groups, find_work(network, {"": Example((x,), samples=1)})).to_state())
+
+    def stored() -> int:
+        return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+
+    assert Bytes().whole(costs) == stored()
+    widths = {group: int(keep.sum()) for group, keep in plan.items()}
+    remove_units(network, groups, plan)
+    assert Bytes().count(costs, widths) == stored()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_slim.budgets import Budget
+from lightning_slim.budgets import Budget, Params
 from lightning_slim.callbacks import GrangerPrune, Prune
 from lightning_slim.cli import main
 from lightning_slim.schedules import Schedule
@@ -78,6 +78,27 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     again = parser.parse_string(parser.dump(parsed))
     callback = parser.instantiate_classes(again).callback
     assert getattr(callback, argument) == kind()
+
+
+def test_figures_and_bounds_go_through_yaml() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Prune, "callback")
+    text = """
+    callback:
+      class_path: lightning_slim.Prune
+      init_args:
+        score: {class_path: lightning_slim.Magnitude}
+        budget: {class_path: lightning_slim.Params, init_args: {absolute: 200_000}}
+        keep_at_least: {"net.0": 0.5, Conv2d: 0.25}
+        keep_at_most: {head.*: 0.75}
+    """
+    again = parser.parse_string(parser.dump(parser.parse_string(text)))
+    callback = parser.instantiate_classes(again).callback
+    assert callback.budget == Params(absolute=200_000)
+    assert callback.selection.keep_at_least == {"net.0": 0.5, "Conv2d": 0.25}
+    assert callback.selection.keep_at_most == {"head.*": 0.75}
 
 
 def test_a_combination_of_scores_goes_through_yaml() -> None:

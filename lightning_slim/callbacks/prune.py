@@ -45,7 +45,7 @@ class Prune(SlimCallback):
 
     Args:
         score: says how important a unit is.
-        budget: the fraction of the original that may remain in the end.
+        budget: what may remain in the end, of the original or as a figure.
         schedule: how much of the removal is done by which fraction of the run.
         scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
         round_to: widths are rounded up to multiples of this.
@@ -68,6 +68,9 @@ class Prune(SlimCallback):
         granularity: what goes: `"units"` of layers, whole residual blocks (`"layers"`), or both under one budget.
         protect_significant: units that a score with p-values finds significant stay whatever the budget, with at most
             this share of them being so by chance; None protects none.
+        keep_at_least: layer -> fraction of its original units that stays whatever the budget, by names, patterns and
+            types as for `skip`.
+        keep_at_most: the same, for what may stay at most, from the first cut on.
         labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
     """
@@ -90,6 +93,8 @@ class Prune(SlimCallback):
         seed: int = 0,
         granularity: Granularity = "units",
         protect_significant: float | None = None,
+        keep_at_least: Mapping[str, float] | None = None,
+        keep_at_most: Mapping[str, float] | None = None,
         labels: int | str = 1,
         print_report: bool = True,
     ) -> None:
@@ -98,7 +103,7 @@ class Prune(SlimCallback):
         if record_every_n_steps < 1:
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
-        self.selection = Selection(scope, round_to)
+        self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {})
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
@@ -309,10 +314,11 @@ class Prune(SlimCallback):
         if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
             return
         left = self.budget.remaining(self.pruner.costs, self.pruner.widths)
-        if left > self.budget.fraction + 1e-9 and not self.budget.open_ended:
+        target = self.budget.target(self.pruner.costs)
+        if left > target + 1e-9 and not self.budget.open_ended:
             why = "the run stopped before the schedule ended" if self.pruner.recorder.ready else "nothing was recorded"
             rank_zero_warn(
-                f"Pruning is not finished: {left:.1%} remains, {self.budget.fraction:.1%} was asked for. Perhaps "
+                f"Pruning is not finished: {left:.1%} remains, {target:.1%} was asked for. Perhaps "
                 f"{why}, or steps were counted for each of several optimizers (give `max_epochs` then).",
                 category=NoEffectWarning,
             )
