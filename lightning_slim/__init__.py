@@ -6,7 +6,18 @@ from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, PruningEvent, ScreeningEvent
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
-from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
+from lightning_slim.schedules import (
+    Annealing,
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    OneCycle,
+    OneShot,
+    Schedule,
+    Stepwise,
+)
 from lightning_slim.scores import (
     Ablation,
     ActivationFrequency,
@@ -38,12 +49,16 @@ __all__ = [
     "ActivationFrequency",
     "ActivationMean",
     "ActivationStd",
+    "Annealing",
     "BatchNormScale",
     "BivariateGranger",
     "Budget",
     "Bytes",
     "Combined",
+    "Constant",
+    "Cosine",
     "Cubic",
+    "Exponential",
     "Fisher",
     "GeometricMedian",
     "Granger",
@@ -71,6 +86,7 @@ __all__ = [
     "Screening",
     "ScreeningEvent",
     "Significant",
+    "Stepwise",
     "Taylor",
     "UnitGroup",
     "Units",

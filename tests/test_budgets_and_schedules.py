@@ -8,11 +8,16 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.integrate import quad
 from torch import nn
 
 from lightning_slim import (
+    Annealing,
     Bytes,
+    Constant,
+    Cosine,
     Cubic,
+    Exponential,
     Linear,
     MACs,
     Magnitude,
@@ -21,6 +26,7 @@ from lightning_slim import (
     Params,
     Pruner,
     Significant,
+    Stepwise,
     Units,
     find_groups,
     remove_units,
@@ -61,6 +67,49 @@ def test_schedules_equal_their_papers_formulas() -> None:
     # Hubens et al. (2022), equation 2, with alpha = 14 and beta = 6
     assert OneCycle(0.0, 1.0)(t) == pytest.approx((1 + math.exp(-14 + 6)) / (1 + math.exp(-14 * t + 6)))
     assert [OneShot(0.5)(t) for t in (0.49, 0.5)] == [0, 1]
+    # The authors' fsa.py: m_e = k + (p - k) * max(0, (N - 2e) / (2 e mu + N)), from p = 90 candidates to k = 20
+    p, k, n, mu = 90, 20, 300, 100
+    for e in (1, 10, 75, 149):
+        left = k + (p - k) * max(0, (n - 2 * e) / (2 * e * mu + n))
+        assert p - (p - k) * Annealing(0.0, 1.0, mu)(2 * e / n) == pytest.approx(left)
+    # fasterai's iterative schedule: s_i + (s_f - s_i) / n * ceil(t n), with n = 3
+    assert [Stepwise(0.0, 1.0)(t) for t in (0.3, 0.34, 0.7)] == pytest.approx([1 / 3, 2 / 3, 1])
+    # numerical quadrature of what they are the integrals of
+    assert Cosine(0.0, 1.0)(t) == pytest.approx(quad(lambda u: math.pi / 2 * math.sin(math.pi * u), 0, t)[0])
+    decay = [quad(lambda u: math.exp(-5 * u), 0, end)[0] for end in (t, 1)]
+    assert Exponential(0.0, 1.0)(t) == pytest.approx(decay[0] / decay[1])
+    assert [Constant(0.5)(t) for t in (0.49, 0.5)] == [0, 1]
+
+
+def test_times_in_epochs_and_steps_are_fractions_of_the_run() -> None:
+    assert Cubic("2 epochs", "350 steps").resolve(10, 50) == Cubic(0.2, 0.7)
+    assert OneShot("1 epoch").resolve(4, 7) == OneShot(0.25)
+    assert Constant("1.5 epochs").resolve(3, 7) == Constant(0.5)
+    assert Stepwise(0.25, "1 step", 5).resolve(2, 1) == Stepwise(0.25, 0.5, 5)
+
+
+def test_times_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="got '3 weeks'"):
+        Linear("3 weeks", 0.7)
+    with pytest.raises(ValueError, match=r"resolve\(epochs, steps_per_epoch\)"):
+        Linear(0.1, "3 epochs")(0.5)
+    with pytest.raises(ValueError, match="Expected times within a run of 2 epochs of 5 steps"):
+        Linear(0.1, "3 epochs").resolve(2, 5)
+    with pytest.raises(ValueError, match=r"start <= end <= 1 .* got start=0.5, end=0.2"):
+        Linear(0.5, "2 steps").resolve(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Stepwise(steps=0), "`steps` of at least 1"),
+        (lambda: Exponential(rate=0.0), "`rate` above 0"),
+        (lambda: Annealing(mu=-1.0), "`mu` of at least 0"),
+    ],
+)
+def test_bad_courses_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 from lightning_slim.budgets import Budget, Params
 from lightning_slim.callbacks import GrangerPrune, Prune
 from lightning_slim.cli import main
-from lightning_slim.schedules import Schedule
+from lightning_slim.schedules import Linear, Schedule
 from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +78,19 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     again = parser.parse_string(parser.dump(parsed))
     callback = parser.instantiate_classes(again).callback
     assert getattr(callback, argument) == kind()
+
+
+@pytest.mark.parametrize("end", [0.5, "3 epochs", "500 steps"])
+def test_times_go_through_yaml(end: float | str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Prune, "callback")
+    schedule = {"class_path": "lightning_slim.Linear", "init_args": {"end": end}}
+    arguments = {"score": {"class_path": "lightning_slim.Magnitude"}, "schedule": schedule}
+    written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})
+    again = parser.parse_string(parser.dump(parser.parse_string(written)))
+    assert parser.instantiate_classes(again).callback.schedule == Linear(end=end)
 
 
 def test_figures_and_bounds_go_through_yaml() -> None:

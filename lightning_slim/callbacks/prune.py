@@ -178,14 +178,20 @@ class Prune(SlimCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_skip(pl_module, [*self.skip, *([self.module] if self.module else [])])
         self.pruner.skip, self.pruner.module = tuple(self.skip), self.module
-        self.pruner.budget, self.pruner.schedule = self.budget, self.schedule
+        self.pruner.budget = self.budget
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = epochs_in_run(trainer)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        try:
+            schedule = self.schedule.resolve(run, steps)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self.pruner.schedule = schedule
         last = (math.ceil(run / self.recovery_epochs - 1e-9) - 1) * self.recovery_epochs / run
-        if self.schedule.end > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if float(schedule.end) > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"Expected a schedule that ends by {last:.2f} of the run, the last point at which units can be removed "
                 f"({run:g} epochs, cuts {self.recovery_epochs:g} apart), got {self.schedule}: end it earlier, or lower "
