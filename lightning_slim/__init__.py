@@ -1,6 +1,6 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
-from lightning_slim.budgets import Budget, MACs, Significant, Units
+from lightning_slim.budgets import Budget, Bytes, MACs, Params, Significant, Units
 from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, WeightPrune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, MaskEvent, PruningEvent, ScreeningEvent
@@ -20,7 +20,18 @@ from lightning_slim.masks import (
 )
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
-from lightning_slim.schedules import Cubic, Linear, OneCycle, OneShot, Schedule
+from lightning_slim.schedules import (
+    Annealing,
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    OneCycle,
+    OneShot,
+    Schedule,
+    Stepwise,
+)
 from lightning_slim.scores import (
     Ablation,
     ActivationFrequency,
@@ -47,19 +58,24 @@ from lightning_slim.units import Plan, UnitGroup
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 (plainly sorted)
+__all__ = [  # noqa: RUF022 (as `sorted` does)
     "Ablation",
     "ActivationFrequency",
     "ActivationMean",
     "ActivationStd",
+    "Annealing",
     "BatchNormScale",
     "BivariateGranger",
     "Block",
     "Budget",
+    "Bytes",
     "Combined",
+    "Constant",
+    "Cosine",
     "Cubic",
     "Distribution",
     "ErdosRenyiKernel",
+    "Exponential",
     "Fisher",
     "GeometricMedian",
     "Global",
@@ -78,6 +94,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted)
     "NoEffectWarning",
     "OneCycle",
     "OneShot",
+    "Params",
     "Pattern",
     "Plan",
     "Prune",
@@ -91,6 +108,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted)
     "Screening",
     "ScreeningEvent",
     "Significant",
+    "Stepwise",
     "Taylor",
     "Uniform",
     "UnitGroup",

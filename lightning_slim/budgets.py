@@ -1,4 +1,4 @@
-"""What may remain: the budget a user asks for, as a fraction of the original model."""
+"""What may remain: the budget a user asks for, as a fraction of the original model or as a figure."""
 
 from __future__ import annotations
 
@@ -10,50 +10,107 @@ from lightning_slim.costs import Costs, Widths
 
 
 class Budget(ABC):
-    """The fraction of the ORIGINAL that may remain when pruning is over. It never compounds: 0.5 is half, once.
+    """What may remain of the ORIGINAL when pruning is over. It never compounds: 0.5 is half, once.
 
     Attributes:
-        fraction: in (0, 1].
+        fraction: of the original, in (0, 1].
+        absolute: instead of the fraction, a figure in the budget's own unit; None goes by the fraction.
         open_ended: whether pruning may end before so little is left.
     """
 
     fraction: float
+    absolute: float | None = None
     open_ended: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        kind = type(self).__name__
         if not 0 < self.fraction <= 1:
             raise ValueError(
-                f"Expected a fraction in (0, 1] of the original that may remain, got "
-                f"{type(self).__name__}({self.fraction}): {type(self).__name__}(0.5) leaves half."
+                f"Expected a fraction in (0, 1] of the original that may remain, got {kind}({self.fraction}): "
+                f"{kind}(0.5) leaves half, and {kind}(absolute=...) is for a figure."
             )
+        if self.absolute is not None and not self.absolute > 0:
+            raise ValueError(f"Expected a figure above 0 that may remain, got {kind}(absolute={self.absolute}).")
 
     @abstractmethod
-    def count(self, costs: Costs, widths: Widths) -> int:
+    def count(self, costs: Costs, widths: Widths) -> float:
         """What is budgeted, in its own unit, for some widths."""
+
+    def whole(self, costs: Costs) -> float:
+        """What the original has of it."""
+        return self.count(costs.whole, costs.original)
 
     def remaining(self, costs: Costs, widths: Widths) -> float:
         """Fraction of the original that remains at some widths."""
-        return self.count(costs, widths) / self.count(costs.whole, costs.original)
+        return self.count(costs, widths) / self.whole(costs)
+
+    def target(self, costs: Costs) -> float:
+        """Fraction of the original that may remain in the end; above 1 if the figure is above that of the original."""
+        return self.fraction if self.absolute is None else self.absolute / self.whole(costs)
 
 
 @dataclass(frozen=True)
 class Units(Budget):
-    """Fraction of the prunable units that may remain."""
+    """Prunable units that may remain.
+
+    Attributes:
+        fraction: of those that there were.
+        absolute: instead, their number.
+    """
 
     fraction: float = 0.5
+    absolute: float | None = None
 
-    def count(self, costs: Costs, widths: Widths) -> int:
+    def count(self, costs: Costs, widths: Widths) -> float:
         return costs.units(widths)
 
 
 @dataclass(frozen=True)
-class MACs(Budget):
-    """Fraction of the multiply-accumulates of a forward pass that may remain; layers left whole count too."""
+class Params(Budget):
+    """Parameters that may remain; those of layers left whole count too.
+
+    Attributes:
+        fraction: of those that there were.
+        absolute: instead, their number, such as 200_000.
+    """
 
     fraction: float = 0.5
+    absolute: float | None = None
 
-    def count(self, costs: Costs, widths: Widths) -> int:
+    def count(self, costs: Costs, widths: Widths) -> float:
+        return costs.params(widths)
+
+
+@dataclass(frozen=True)
+class MACs(Budget):
+    """Multiply-accumulates of a forward pass of one sample that may remain; those of layers left whole count too.
+
+    Attributes:
+        fraction: of those that there were.
+        absolute: instead, their number, such as 1e6.
+    """
+
+    fraction: float = 0.5
+    absolute: float | None = None
+
+    def count(self, costs: Costs, widths: Widths) -> float:
         return costs.macs(widths)
+
+
+@dataclass(frozen=True)
+class Bytes(Budget):
+    """Bytes of the state dict's tensors that may remain, buffers included; a tied tensor counts once.
+
+    Attributes:
+        fraction: of those that there were.
+        absolute: instead, their number, such as 2**20 for a mebibyte.
+    """
+
+    fraction: float = 0.5
+    absolute: float | None = None
+
+    def count(self, costs: Costs, widths: Widths) -> float:
+        return costs.bytes(widths)
 
 
 @dataclass(frozen=True)
@@ -79,5 +136,5 @@ class Significant(Budget):
         """Nothing but what is significant."""
         return 0.0
 
-    def count(self, costs: Costs, widths: Widths) -> int:
+    def count(self, costs: Costs, widths: Widths) -> float:
         return costs.units(widths)

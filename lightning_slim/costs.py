@@ -46,7 +46,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """Units, parameters and MACs of a model as functions of the widths of its groups.
+    """Units, parameters, MACs and bytes of a model as functions of the widths of its groups.
 
     A layer's MACs are proportional to the entries of its matrices, so they shrink as these do. That is exact for linear
     layers, convolutions and recurrent layers of every kind, as long as the sizes between them (pixels, steps) stay.
@@ -56,10 +56,14 @@ class Costs:
         original: width of every group before anything was cut.
         parameters: number of all parameters of the model.
         work: all multiply-accumulates of one forward pass.
-        shapes: tensor -> shape, of all parameters that a group touches or that work goes by.
+        shapes: tensor -> shape, of all parameters and buffers that a group touches or that work goes by.
         axes: tensor -> axis -> who owns how much of it.
         packs: group -> pack, of those that must keep as many units as others.
         floors: group -> how many units must stay at least.
+        ceilings: group -> how many units may stay at most, where that is bounded.
+        storage: bytes of the whole state dict; a tied tensor counts once.
+        itemsizes: tensor -> bytes of an entry, of those of `shapes` that are in the state dict.
+        buffers: those of `shapes` that are no parameters.
         blocks: block -> its group, of those that are still there, the most important first: a width leaves the first.
         gone: blocks that were taken out.
     """
@@ -71,6 +75,10 @@ class Costs:
     axes: dict[str, dict[int, _Axis]]
     packs: dict[str, str]
     floors: dict[str, int]
+    ceilings: dict[str, int] = field(default_factory=dict)
+    storage: int = 0
+    itemsizes: dict[str, int] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
     blocks: dict[str, str] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
 
@@ -83,9 +91,8 @@ class Costs:
         owned: defaultdict[str, defaultdict[int, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(dict))
         for group in groups:
             for span in group.spans:
-                if isinstance(tensors[span.tensor], nn.Parameter):
-                    name = first_name[id(tensors[span.tensor])]
-                    owned[name][span.axis].setdefault(group.name, set()).update(span.index.flatten().tolist())
+                name = first_name[id(tensors[span.tensor])]
+                owned[name][span.axis].setdefault(group.name, set()).update(span.index.flatten().tolist())
         original = {group.name: group.size for group in groups}
         axes = {
             name: {
@@ -96,12 +103,24 @@ class Costs:
         }
         work = [replace(each, tensors=tuple(first_name[id(tensors[n])] for n in each.tensors)) for each in work]
         blocks = {path: group.name for group in groups for path in group.blocks}
-        inside = {first_name[id(p)] for path in blocks for p in model.get_submodule(path).parameters()}
+        inside = {first_name[id(t)] for path in blocks for t in named_tensors(model.get_submodule(path)).values()}
         names = {*axes, *inside, *(name for each in work for name in each.tensors)}
         shapes = {name: list(tensors[name].shape) for name in tensors if name in names}
         packs = {group.name: group.pack for group in groups if group.pack}
-        floors = {group.name: group.floor for group in groups}
-        return cls(original, sum(p.numel() for p in model.parameters()), work, shapes, axes, packs, floors, blocks)
+        stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+        return cls(
+            original=original,
+            parameters=sum(p.numel() for p in model.parameters()),
+            work=work,
+            shapes=shapes,
+            axes=axes,
+            packs=packs,
+            floors={group.name: group.floor for group in groups},
+            storage=sum(t.numel() * t.itemsize for t in stored.values()),
+            itemsizes={name: tensors[name].itemsize for name in shapes if id(tensors[name]) in stored},
+            buffers=tuple(name for name in shapes if not isinstance(tensors[name], nn.Parameter)),
+            blocks=blocks,
+        )
 
     def units(self, widths: Widths) -> int:
         """Number of units that stay."""
@@ -109,9 +128,11 @@ class Costs:
 
     def params(self, widths: Widths) -> int:
         """Number of parameters that stay."""
-        lost = self._lost(widths)
-        left = sum(self._left(name, widths) for name in self.shapes if not name.startswith(lost))
-        return self.parameters - sum(map(self._full, self.shapes)) + left
+        return self.parameters - self._saved(dict.fromkeys(self.shapes.keys() - set(self.buffers), 1), widths)
+
+    def bytes(self, widths: Widths) -> int:
+        """Bytes of the tensors of the state dict that stay."""
+        return self.storage - self._saved(self.itemsizes, widths)
 
     def macs(self, widths: Widths) -> int:
         """Multiply-accumulates of one forward pass of the example."""
@@ -148,6 +169,14 @@ class Costs:
                 lost.append(path)
         return tuple(f"{path}." for path in lost)
 
+    def _saved(self, each: Mapping[str, int], widths: Widths) -> int:
+        """What goes of some tensors, given what an entry of each counts."""
+        lost = self._lost(widths)
+        return sum(
+            count * (self._full(name) - (0 if name.startswith(lost) else self._left(name, widths)))
+            for name, count in each.items()
+        )
+
     def _full(self, tensor: str) -> int:
         return math.prod(self.shapes[tensor])
 
@@ -183,4 +212,5 @@ class Costs:
             for name, by_axis in state["axes"].items()
         }
         work = [Work(**{**each, "tensors": tuple(each["tensors"])}) for each in state["work"]]
-        return cls(**{**state, "axes": axes, "work": work, "gone": tuple(state["gone"])})
+        sequences = {name: tuple(state[name]) for name in ("buffers", "gone")}
+        return cls(**{**state, "axes": axes, "work": work, **sequences})

@@ -179,7 +179,7 @@ class Pruner:
             )
         if self.compensate == "exact":
             groups = [with_patches(self.model, group) for group in groups]
-        costs = Costs.of(self.model, groups, find_work(self.model, calls))
+        costs = self.selection.bounded(Costs.of(self.model, groups, find_work(self.model, calls)), self.model, groups)
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
         self._original_index = {group.name: torch.arange(group.size) for group in groups}
@@ -248,7 +248,7 @@ class Pruner:
 
     def asked(self, progress: float) -> float:
         """Fraction of the original budget that is to remain at `progress`."""
-        return 1 - (1 - self.budget.fraction) * self.schedule(progress)
+        return 1 - (1 - self.budget.target(self.costs)) * self.schedule(progress)
 
     def asks(self, progress: float) -> bool:
         """Whether more is left than is asked for at `progress`."""
@@ -443,12 +443,21 @@ class Pruner:
         smallest = self.selection.widths(
             0.0, start, start, everything, costs.packs, costs.floors, costs.blocks.values()
         )
-        closest = self.budget.remaining(costs, smallest)
-        if closest > self.budget.fraction and not self.budget.open_ended:
+        closest, target = self.budget.remaining(costs, smallest), self.budget.target(costs)
+        kind = type(self.budget).__name__
+        if target > 1 and not self.budget.open_ended:
+            raise ValueError(
+                f"Expected a budget below what the model has, got {self.budget}: it has "
+                f"{self.budget.whole(costs):,.6g}, so nothing would go."
+            )
+        if closest > target and not self.budget.open_ended:
+            if self.budget.absolute is None:
+                least = f"{kind}({math.ceil(1000 * closest) / 1000})"
+            else:
+                least = f"{kind}(absolute={_rounded_up(self.budget.count(costs, smallest)):,.6g})".replace(",", "_")
             raise ValueError(
                 f"Expected a budget that can be reached, got {self.budget}: with everything removable gone, "
-                f"{closest:.1%} remains. Ask for at least "
-                f"{type(self.budget).__name__}({math.ceil(1000 * closest) / 1000}), skip less, or lower `round_to`. "
+                f"{closest:.1%} remains. Ask for at least {least}, skip less, or lower `round_to` or `keep_at_least`. "
                 f"Left whole: {'; '.join(f'{layer}: {reason}' for layer, reason in self.left_whole.items())}."
             )
 
@@ -499,6 +508,12 @@ class Pruner:
         self.history = History.from_state(state["history"])
         self._recorder = self._new_recorder()
         self._recorder.load_state_dict(state["recorder"])
+
+
+def _rounded_up(figure: float) -> float:
+    """To three digits."""
+    digit: float = 10.0 ** (math.floor(math.log10(figure)) - 2)
+    return math.ceil(figure / digit) * digit
 
 
 def _alone(value: Any) -> Any:

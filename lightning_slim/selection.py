@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
-from lightning_slim.units import MIN_UNITS, Plan, most_important_first
+from lightning_slim.skipping import skips
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, most_important_first
 
 Scope = Literal["local", "global"]
 
@@ -27,16 +28,57 @@ class Selection:
             highest importance stay, wherever they are; of units that are chosen greedily, those that add most for
             what they cost.
         round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes.
+        keep_at_least: layer -> fraction of its original units that stays whatever the budget; names, patterns and
+            types as for `skip`, of the layers that make the units; of several that mean one layer, the largest.
+        keep_at_most: the same, for what may stay at most, from the first cut on; of several, the smallest. Groups that
+            must shrink alike have the bounds of each other.
     """
 
     scope: Scope = "local"
     round_to: int = 1
+    keep_at_least: Mapping[str, float] = field(default_factory=dict)
+    keep_at_most: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scope not in ("local", "global"):
             raise ValueError(f'Expected `scope` to be "local" or "global", got {self.scope!r}.')
         if self.round_to < 1:
             raise ValueError(f"Expected `round_to` of at least 1, got {self.round_to}.")
+        for argument in ("keep_at_least", "keep_at_most"):
+            for entry, fraction in getattr(self, argument).items():
+                if not 0 < fraction <= 1:
+                    raise ValueError(f"Expected fractions in (0, 1] in `{argument}`, got {fraction} for {entry!r}.")
+
+    def bounded(self, costs: Costs, model: nn.Module, groups: Iterable[UnitGroup]) -> Costs:
+        """The costs with the floors and ceilings that were asked for.
+
+        Raises:
+            ValueError: an entry means no layer whose units can be removed, or a floor is above a ceiling.
+        """
+        members: dict[str, list[UnitGroup]] = {}
+        for group in groups:
+            members.setdefault(group.pack or group.name, []).append(group)
+        makers = {
+            pack: {name: model.get_submodule(name) for group in together for name in group.makers}
+            for pack, together in members.items()
+        }
+        least = _strictest("keep_at_least", self.keep_at_least, makers, max)
+        most = _strictest("keep_at_most", self.keep_at_most, makers, min)
+        floors, ceilings = dict(costs.floors), dict(costs.ceilings)
+        for pack, together in members.items():
+            steps = min(group.size for group in together)  # in which all of them can shrink alike
+            for group in together:
+                each = group.size // steps
+                if pack in least:
+                    floors[group.name] = max(floors[group.name], math.ceil(least[pack] * steps - 1e-9) * each)
+                if pack in most:
+                    ceilings[group.name] = max(math.floor(most[pack] * steps + 1e-9), 1) * each
+                if floors[group.name] > ceilings.get(group.name, group.size):
+                    raise ValueError(
+                        f"Expected `keep_at_most` to leave {group.name} at least {floors[group.name]} of its "
+                        f"{group.size} units, got {most[pack]}: raise it, or lower `keep_at_least`."
+                    )
+        return replace(costs, floors=floors, ceilings=ceilings)
 
     def widths(
         self,
@@ -88,13 +130,16 @@ class Selection:
         Where even the smallest widths leave more, the smallest are returned.
         """
         costs, blocks = costs.ranked(importance), set(costs.blocks.values())
+        most = (remaining + 1e-12) * budget.whole(costs)
+        bounds = {name: costs.ceilings[name] for name in importance if name in costs.ceilings}
+        current = {name: min(units, bounds.get(name, units)) for name, units in current.items()}
 
         def at(level: float, fixed: Mapping[str, int]) -> dict[str, int]:
             widths = self.widths(level, costs.original, current, importance, costs.packs, costs.floors, blocks)
             return {**widths, **fixed}
 
         def affordable(widths: Mapping[str, int]) -> bool:
-            return budget.remaining(costs, widths) <= remaining + 1e-12
+            return budget.count(costs, widths) <= most
 
         widths = at(_largest(lambda level: affordable(at(level, {}))), {})
         # A block is worth many units: once it is known how many of them go, these may be wider.
@@ -119,6 +164,26 @@ class Selection:
             wider = {**widths, **{name: min(widths[name] + step[name], current[name]) for name in members}}
             widths = wider if affordable(wider) else widths
         return widths
+
+
+def _strictest(
+    argument: str,
+    bounds: Mapping[str, float],
+    makers: Mapping[str, Mapping[str, nn.Module]],
+    choose: Callable[[Iterable[float]], float],
+) -> dict[str, float]:
+    """Group or pack -> the bound that counts, of all that mean a layer that makes its units."""
+    found: dict[str, list[float]] = {}
+    for entry, fraction in bounds.items():
+        meant = [pack for pack, layers in makers.items() if any(skips(entry, n, m) for n, m in layers.items())]
+        if not meant:
+            raise ValueError(
+                f"Expected `{argument}` to name layers, patterns or types of layers whose units can be removed, got "
+                f"{entry!r}: there are {', '.join(makers)}."
+            )
+        for pack in meant:
+            found.setdefault(pack, []).append(fraction)
+    return {pack: choose(fractions) for pack, fractions in found.items()}
 
 
 def _members(packs: Mapping[str, str], widths: Mapping[str, int]) -> list[list[str]]:

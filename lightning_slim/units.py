@@ -110,6 +110,11 @@ class UnitGroup:
             return set(self.blocks)
         return {layer_of(span.tensor) for span in self.spans}
 
+    @property
+    def makers(self) -> set[str]:
+        """Dotted names of the modules that make or carry the units."""
+        return set(self.blocks) or {layer_of(span.tensor) for span in self.spans if span.role == "out"}
+
 
 class Plan(dict[str, Tensor]):
     """Group name -> keep mask (`Bool[Tensor, "units"]`): what stays. Plain data to print, test and log.

@@ -8,13 +8,34 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.integrate import quad
 from torch import nn
 
-from lightning_slim import Cubic, Linear, MACs, OneCycle, OneShot, Significant, Units, find_groups, remove_units
+from lightning_slim import (
+    Annealing,
+    Bytes,
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    MACs,
+    Magnitude,
+    OneCycle,
+    OneShot,
+    Params,
+    Pruner,
+    Significant,
+    Stepwise,
+    Units,
+    find_groups,
+    remove_units,
+)
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.profile import count_macs
 from lightning_slim.schedules import Schedule
+from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, find_work
 from tests.networks import Mixed, images, mixed_plan
 from tests.surgery.test_cut import NETWORKS, some
@@ -46,6 +67,49 @@ def test_schedules_equal_their_papers_formulas() -> None:
     # Hubens et al. (2022), equation 2, with alpha = 14 and beta = 6
     assert OneCycle(0.0, 1.0)(t) == pytest.approx((1 + math.exp(-14 + 6)) / (1 + math.exp(-14 * t + 6)))
     assert [OneShot(0.5)(t) for t in (0.49, 0.5)] == [0, 1]
+    # The authors' fsa.py: m_e = k + (p - k) * max(0, (N - 2e) / (2 e mu + N)), from p = 90 candidates to k = 20
+    p, k, n, mu = 90, 20, 300, 100
+    for e in (1, 10, 75, 149):
+        left = k + (p - k) * max(0, (n - 2 * e) / (2 * e * mu + n))
+        assert p - (p - k) * Annealing(0.0, 1.0, mu)(2 * e / n) == pytest.approx(left)
+    # fasterai's iterative schedule: s_i + (s_f - s_i) / n * ceil(t n), with n = 3
+    assert [Stepwise(0.0, 1.0)(t) for t in (0.3, 0.34, 0.7)] == pytest.approx([1 / 3, 2 / 3, 1])
+    # numerical quadrature of what they are the integrals of
+    assert Cosine(0.0, 1.0)(t) == pytest.approx(quad(lambda u: math.pi / 2 * math.sin(math.pi * u), 0, t)[0])
+    decay = [quad(lambda u: math.exp(-5 * u), 0, end)[0] for end in (t, 1)]
+    assert Exponential(0.0, 1.0)(t) == pytest.approx(decay[0] / decay[1])
+    assert [Constant(0.5)(t) for t in (0.49, 0.5)] == [0, 1]
+
+
+def test_times_in_epochs_and_steps_are_fractions_of_the_run() -> None:
+    assert Cubic("2 epochs", "350 steps").resolve(10, 50) == Cubic(0.2, 0.7)
+    assert OneShot("1 epoch").resolve(4, 7) == OneShot(0.25)
+    assert Constant("1.5 epochs").resolve(3, 7) == Constant(0.5)
+    assert Stepwise(0.25, "1 step", 5).resolve(2, 1) == Stepwise(0.25, 0.5, 5)
+
+
+def test_times_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="got '3 weeks'"):
+        Linear("3 weeks", 0.7)
+    with pytest.raises(ValueError, match=r"resolve\(epochs, steps_per_epoch\)"):
+        Linear(0.1, "3 epochs")(0.5)
+    with pytest.raises(ValueError, match="Expected times within a run of 2 epochs of 5 steps"):
+        Linear(0.1, "3 epochs").resolve(2, 5)
+    with pytest.raises(ValueError, match=r"start <= end <= 1 .* got start=0.5, end=0.2"):
+        Linear(0.5, "2 steps").resolve(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Stepwise(steps=0), "`steps` of at least 1"),
+        (lambda: Exponential(rate=0.0), "`rate` above 0"),
+        (lambda: Annealing(mu=-1.0), "`mu` of at least 0"),
+    ],
+)
+def test_bad_courses_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +138,67 @@ def test_budgets_grow_with_the_widths(kind: type) -> None:
     costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
     half = {name: units // 2 for name, units in costs.original.items()}
     assert 0 < kind().remaining(costs, half) < kind().remaining(costs, costs.original) == 1
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("kind", CLOSED)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_budget_is_reached_within_2_percent(kind: type[Budget], absolute: bool, scope: str) -> None:
+    torch.manual_seed(0)
+    network, x = Mixed((32, 48, 64), 80), images(0)[0]
+    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
+    budget = kind(absolute=0.4 * kind().whole(costs)) if absolute else kind(0.4)
+    importance = {name: torch.rand(units) for name, units in costs.original.items()}
+    widths = Selection(scope).fit(budget.target(costs), budget, costs, costs.original, importance)  # type: ignore[arg-type]
+    assert 0.98 * 0.4 <= budget.remaining(costs, widths) <= 0.4 + 1e-9
+    assert budget.target(costs) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("absolute", [0, -3.0, math.nan])
+@pytest.mark.parametrize("kind", CLOSED)
+def test_a_figure_that_is_not_above_0_is_refused(kind: type, absolute: float) -> None:
+    with pytest.raises(ValueError, match="a figure above 0"):
+        kind(absolute=absolute)
+
+
+def prepared(budget: Budget, **kwargs) -> Pruner:
+    torch.manual_seed(0)
+    pruner = Pruner(Mixed(), Magnitude(), budget, OneShot(0.5), compensate="none", **kwargs)
+    pruner.prepare(images(0)[0][:2])
+    return pruner
+
+
+def test_a_figure_is_what_is_left() -> None:
+    pruner = prepared(Params(absolute=4000))
+    event = pruner.step(0.5)
+    assert event is not None
+    assert (
+        3800 <= event.params == sum(p.numel() for p in pruner.model.parameters()) <= 4000
+    )  # a channel of `up` alone has 370
+    dense = sum(p.numel() for p in Mixed().parameters())
+    assert (event.asked, event.reached) == (4000 / dense, event.params / dense)
+
+
+def test_a_figure_that_cannot_be_met_is_refused_with_the_figure_that_can() -> None:
+    with pytest.raises(ValueError, match=r"Ask for at least Params\(absolute=\d+\)"):
+        prepared(Params(absolute=50))
+    with pytest.raises(ValueError, match="Expected a budget below what the model has"):
+        prepared(MACs(absolute=1e9))
+
+
+def test_bytes_are_those_of_the_state_dict() -> None:
+    network, x = Mixed(), images(0)[0]
+    groups = find_groups(network, x)
+    plan = mixed_plan(groups)
+    costs = Costs.from_state(Costs.of(network, groups, find_work(network, {"": Example((x,), samples=1)})).to_state())
+
+    def stored() -> int:
+        return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+
+    assert Bytes().whole(costs) == stored()
+    widths = {group: int(keep.sum()) for group, keep in plan.items()}
+    remove_units(network, groups, plan)
+    assert Bytes().count(costs, widths) == stored()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

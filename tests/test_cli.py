@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_slim.budgets import Budget
+from lightning_slim.budgets import Budget, Params
 from lightning_slim.callbacks import GrangerPrune, Prune, WeightPrune
 from lightning_slim.cli import main
 from lightning_slim.masks import NM, Distribution, Pattern, WeightScore
-from lightning_slim.schedules import Schedule
+from lightning_slim.schedules import Linear, Schedule
 from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +107,40 @@ def test_masks_are_trained_from_the_command_line(config: Path, tmp_path: Path) -
     (checkpoint,) = (tmp_path / "logs").rglob("*.ckpt")
     weight = torch.load(checkpoint)["state_dict"]["net.5.weight"]
     assert ((weight.view(16, -1, 4, 3) != 0).sum(2) == NM(1, 4).n).all()
+
+
+@pytest.mark.parametrize("end", [0.5, "3 epochs", "500 steps"])
+def test_times_go_through_yaml(end: float | str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Prune, "callback")
+    schedule = {"class_path": "lightning_slim.Linear", "init_args": {"end": end}}
+    arguments = {"score": {"class_path": "lightning_slim.Magnitude"}, "schedule": schedule}
+    written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})
+    again = parser.parse_string(parser.dump(parser.parse_string(written)))
+    assert parser.instantiate_classes(again).callback.schedule == Linear(end=end)
+
+
+def test_figures_and_bounds_go_through_yaml() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Prune, "callback")
+    text = """
+    callback:
+      class_path: lightning_slim.Prune
+      init_args:
+        score: {class_path: lightning_slim.Magnitude}
+        budget: {class_path: lightning_slim.Params, init_args: {absolute: 200_000}}
+        keep_at_least: {"net.0": 0.5, Conv2d: 0.25}
+        keep_at_most: {head.*: 0.75}
+    """
+    again = parser.parse_string(parser.dump(parser.parse_string(text)))
+    callback = parser.instantiate_classes(again).callback
+    assert callback.budget == Params(absolute=200_000)
+    assert callback.selection.keep_at_least == {"net.0": 0.5, "Conv2d": 0.25}
+    assert callback.selection.keep_at_most == {"head.*": 0.75}
 
 
 def test_a_combination_of_scores_goes_through_yaml() -> None:

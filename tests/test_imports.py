@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "guards": {"scores", "statistics"},
     "costs": {"units"},
     "budgets": {"costs"},
-    "selection": {"budgets", "costs", "units"},
+    "selection": {"budgets", "costs", "skipping", "units"},
     "patches": {"units"},
     "recording": {"eager", "patches", "statistics", "surgery", "units", "witness"},
     "surgery": {"costs", "eager", "profile", "units", "weight_norm"},

@@ -290,7 +290,9 @@ def test_a_network_with_nothing_to_prune_is_refused() -> None:
 
 def test_a_budget_that_cannot_be_reached_says_the_closest() -> None:
     network, x = Mixed(), images(0)[0]
-    with pytest.raises(ValueError, match=r"got MACs\(fraction=0.01\).*Ask for at least MACs\((0\.\d+)\)") as error:
+    with pytest.raises(
+        ValueError, match=r"got MACs\(fraction=0.01, absolute=None\).*Ask for at least MACs\((0\.\d+)\)"
+    ) as error:
         prepared(network, x, budget=MACs(0.01))
     closest = float(re.search(r"at least MACs\((0\.\d+)\)", str(error.value)).group(1))  # type: ignore[union-attr]
     event = prepared(network, x, budget=MACs(closest)).step(0.5)

@@ -10,7 +10,7 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import nn
 
-from lightning_slim import Granger, MACs, OneShot, Pruner, Units, find_groups
+from lightning_slim import Granger, MACs, Magnitude, OneShot, Pruner, Units, find_groups
 from lightning_slim.costs import Costs
 from lightning_slim.selection import Selection, plan_for, steepness
 from lightning_slim.surgery import Example, find_work
@@ -60,6 +60,58 @@ def test_a_budget_is_kept_and_nearly_spent(scope: str, budget) -> None:
     importance = {name: torch.rand(units) for name, units in costs.original.items()}
     widths = Selection(scope).fit(budget.fraction, budget, costs, costs.original, importance)  # type: ignore[arg-type]
     assert budget.fraction * 0.93 < budget.remaining(costs, widths) <= budget.fraction
+
+
+def bounded(**bounds) -> Pruner:
+    torch.manual_seed(0)
+    selection = Selection(**bounds)
+    pruner = Pruner(Mixed(), Magnitude(), Units(0.5), OneShot(0.5), selection=selection, compensate="none")
+    pruner.prepare(images(0)[0][:2])
+    return pruner
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_layers_have_floors_and_ceilings(scope: str) -> None:
+    pruner = bounded(scope=scope, keep_at_least={"c?": 0.75, "c1": 0.8}, keep_at_most={"fc1": 0.2})
+    event = pruner.step(0.5)
+    assert event is not None
+    assert event.widths["c1"] >= 7  # 0.8 of 8, rounded up: the larger of two floors counts
+    assert event.widths["c2"] >= 5  # of 6 pairs of channels
+    assert event.widths["fc1"] <= 4
+    assert event.reached <= 0.5
+
+
+class Reading(nn.Module):
+    """Two levels, which must keep as many units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 10, 2, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_bounds_of_one_group_of_a_pack_are_bounds_of_all() -> None:
+    torch.manual_seed(0)
+    network = Reading()
+    pruner = Pruner(network, Magnitude(), Units(0.5), OneShot(0.5), compensate="none")
+    pruner.selection = Selection(keep_at_most={"lstm": 0.3})
+    pruner.prepare(torch.randn(2, 5, 4))
+    assert set(pruner.costs.ceilings.values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"keep_at_least": {"c1": 1.5}}, r"fractions in \(0, 1\] in `keep_at_least`, got 1.5"),
+        ({"keep_at_most": {"nowhere": 0.5}}, "`keep_at_most` to name layers.*got 'nowhere'"),
+        ({"keep_at_least": {"c*": 0.5}, "keep_at_most": {"Conv2d": 0.25}}, "`keep_at_most` to leave c1 at least 4"),
+    ],
+)
+def test_bad_bounds_are_refused(bounds: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bounded(**bounds)
 
 
 def test_the_most_important_units_stay_and_ties_go_to_the_first() -> None:

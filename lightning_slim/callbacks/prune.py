@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ class Prune(SlimCallback):
 
     Args:
         score: says how important a unit is.
-        budget: the fraction of the original that may remain in the end.
+        budget: what may remain in the end, of the original or as a figure.
         schedule: how much of the removal is done by which fraction of the run.
         scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
         round_to: widths are rounded up to multiples of this.
@@ -65,6 +66,9 @@ class Prune(SlimCallback):
         granularity: what goes: `"units"` of layers, whole residual blocks (`"layers"`), or both under one budget.
         protect_significant: units that a score with p-values finds significant stay whatever the budget, with at most
             this share of them being so by chance; None protects none.
+        keep_at_least: layer -> fraction of its original units that stays whatever the budget, by names, patterns and
+            types as for `skip`.
+        keep_at_most: the same, for what may stay at most, from the first cut on.
         labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
     """
@@ -87,6 +91,8 @@ class Prune(SlimCallback):
         seed: int = 0,
         granularity: Granularity = "units",
         protect_significant: float | None = None,
+        keep_at_least: Mapping[str, float] | None = None,
+        keep_at_most: Mapping[str, float] | None = None,
         labels: int | str = 1,
         print_report: bool = True,
     ) -> None:
@@ -95,7 +101,7 @@ class Prune(SlimCallback):
         if record_every_n_steps < 1:
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
-        self.selection = Selection(scope, round_to)
+        self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {})
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
@@ -168,15 +174,16 @@ class Prune(SlimCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_skip(pl_module, [*self.skip, *([self.module] if self.module else [])])
         self.pruner.skip, self.pruner.module = tuple(self.skip), self.module
-        self.pruner.budget, self.pruner.schedule = self.budget, self.schedule
+        self.pruner.budget = self.budget
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
         self.pruner.ranks = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = epochs_in_run(trainer)
+        self.pruner.schedule = in_fractions(self.schedule, trainer)
         last = (math.ceil(run / self.recovery_epochs - 1e-9) - 1) * self.recovery_epochs / run
-        if self.schedule.end > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if float(self.pruner.schedule.end) > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"Expected a schedule that ends by {last:.2f} of the run, the last point at which units can be removed "
                 f"({run:g} epochs, cuts {self.recovery_epochs:g} apart), got {self.schedule}: end it earlier, or lower "
@@ -280,10 +287,11 @@ class Prune(SlimCallback):
         if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
             return
         left = self.budget.remaining(self.pruner.costs, self.pruner.widths)
-        if left > self.budget.fraction + 1e-9 and not self.budget.open_ended:
+        target = self.budget.target(self.pruner.costs)
+        if left > target + 1e-9 and not self.budget.open_ended:
             why = "the run stopped before the schedule ended" if self.pruner.recorder.ready else "nothing was recorded"
             rank_zero_warn(
-                f"Pruning is not finished: {left:.1%} remains, {self.budget.fraction:.1%} was asked for. Perhaps "
+                f"Pruning is not finished: {left:.1%} remains, {target:.1%} was asked for. Perhaps "
                 f"{why}, or steps were counted for each of several optimizers (give `max_epochs` then).",
                 category=NoEffectWarning,
             )
@@ -371,6 +379,19 @@ def epochs_in_run(trainer: Trainer) -> float:
             "Expected a run with an end, got max_epochs=-1 and max_steps=-1: a schedule is a fraction of the run."
         )
     return min(limits)
+
+
+def in_fractions(schedule: Schedule, trainer: Trainer) -> Schedule:
+    """A schedule with all times as fractions of the trainer's run.
+
+    Raises:
+        MisconfigurationException: its times are not within the run.
+    """
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    try:
+        return schedule.resolve(epochs_in_run(trainer), steps)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:

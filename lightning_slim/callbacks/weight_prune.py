@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import copies, reset_monitors
-from lightning_slim.callbacks.prune import epochs_in_run
+from lightning_slim.callbacks.prune import epochs_in_run, in_fractions
 from lightning_slim.history import MaskEvent
 from lightning_slim.masker import Masker, sparsity_of
 from lightning_slim.masks import Distribution, Pattern, Uniform, Unstructured, WeightMagnitude, WeightScore
@@ -112,13 +112,13 @@ class WeightPrune(SlimCallback):
             self.masker.load_state_dict(state_dict["masker"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.masker.schedule = self.schedule
         self.masker.agree = partial(trainer.strategy.broadcast, src=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = epochs_in_run(trainer)
+        self.masker.schedule = in_fractions(self.schedule, trainer)
         last = (math.ceil(run / self.update_every - 1e-9) - 1) * self.update_every / run
-        if self.schedule.end > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if float(self.masker.schedule.end) > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"Expected a schedule that ends by {last:.2f} of the run, the last point at which masks are updated "
                 f"({run:g} epochs, updates {self.update_every:g} apart), got {self.schedule}: end it earlier, or lower "
@@ -136,7 +136,7 @@ class WeightPrune(SlimCallback):
         if point <= self._point or self._finding:
             return
         progress = min(point * self.update_every / epochs_in_run(trainer), 1.0)
-        if self.schedule(progress) > 0 and not self.masker.ready:
+        if self.masker.schedule(progress) > 0 and not self.masker.ready:
             return  # it will be, after the next step
         event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
         self._point = point
@@ -183,7 +183,9 @@ class WeightPrune(SlimCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.masker.detach()
-        if self.masker.prepared and self.schedule.end > self._progress(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not self.masker.prepared:  # type: ignore[attr-defined]
+            return
+        if float(self.masker.schedule.end) > self._progress(trainer):
             rank_zero_warn(
                 f"Masking is not finished: {self.masker.reached:.1%} of the weights are zero, {self.sparsity:.1%} was "
                 "asked for. The run stopped before the schedule ended.",

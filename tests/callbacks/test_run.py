@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_slim import Cubic, GrangerPrune, Linear, MACs, Magnitude, Prune, Units
+from lightning_slim import Cubic, GrangerPrune, Linear, MACs, Magnitude, OneShot, Prune, Units
 from lightning_slim.callbacks.base import SHARDED, refuse_what_cannot_be_cut
 from lightning_slim.profile import count_macs
 from tests.callbacks.runs import Lit, loader, trainer
@@ -44,6 +44,18 @@ def test_scalars_reach_tensorboard_at_every_cut_and_epoch(tmp_path: Path) -> Non
     assert macs[-1] == sum(count_macs(lit.net, (images(0, 1)[0],)).values())
     assert [s.value for s in board.Scalars("slim/macs_left")][-1] <= 0.5
     assert len(macs) == len(callback.history.events) + 6  # every cut and every epoch
+
+
+@pytest.mark.parametrize("at", ["2 epochs", "8 steps", 2 / 6])
+def test_times_in_epochs_and_steps(tmp_path: Path, at: float | str) -> None:
+    callback = quick(schedule=OneShot(at))
+    trainer(tmp_path, callback).fit(Lit(), loader())  # 6 epochs of 4 steps
+    assert [event.step for event in callback.history.events] == [8]
+
+
+def test_a_time_after_the_run_is_refused(tmp_path: Path) -> None:
+    message = "Expected times within a run of 6 epochs of 4 steps"
+    fit_fails(tmp_path, quick(schedule=OneShot("25 steps")), message, error=MisconfigurationException)
 
 
 def test_any_logger_will_do(tmp_path: Path) -> None:
