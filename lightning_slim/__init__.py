@@ -1,6 +1,6 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
-from lightning_slim.budgets import Budget, Bytes, MACs, Params, Significant, Units
+from lightning_slim.budgets import Budget, Bytes, Latency, MACs, Params, Significant, Units
 from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, PruningEvent, ScreeningEvent
@@ -66,6 +66,7 @@ __all__ = [
     "History",
     "InputScreening",
     "Lamp",
+    "Latency",
     "Linear",
     "MACs",
     "Magnitude",

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "budgets": {"costs"},
     "selection": {"budgets", "costs", "skipping", "units"},
     "patches": {"units"},
+    "latency": {"costs", "profile", "surgery", "units", "weight_norm"},
     "recording": {"eager", "patches", "statistics", "surgery", "units", "witness"},
     "surgery": {"costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "input_screener": {"eager", "history", "input_evidence", "surgery", "units"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "pruner": {
-        "budgets", "candidates", "costs", "folding", "guards", "history", "patches", "profile", "recording",
+        "budgets", "candidates", "costs", "folding", "guards", "history", "latency", "patches", "profile", "recording",
         "schedules", "scores", "selection", "skipping", "statistics", "surgery", "units", "weight_norm", "witness",
     },
     "callbacks": {
