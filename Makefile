@@ -21,6 +21,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_latency.py
 	$(BIN)/python benchmarks/bench_compensation.py
 	$(BIN)/python benchmarks/bench_scores.py digits-fnn digits-gru --out build/scores
 	$(BIN)/python benchmarks/bench_recurrent.py

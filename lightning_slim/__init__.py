@@ -1,6 +1,6 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
-from lightning_slim.budgets import Budget, Bytes, MACs, Params, Significant, Units
+from lightning_slim.budgets import Budget, Bytes, Latency, MACs, Params, Significant, Units
 from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, WeightPrune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, MaskEvent, PruningEvent, ScreeningEvent
@@ -84,6 +84,7 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "History",
     "InputScreening",
     "Lamp",
+    "Latency",
     "Linear",
     "MACs",
     "Magnitude",

@@ -114,6 +114,24 @@ class Bytes(Budget):
 
 
 @dataclass(frozen=True)
+class Latency(Budget):
+    """Time of a forward pass of the example batch that may remain, on this machine: CPU time of one thread.
+
+    It goes by a table that is measured once, when a run begins: what every layer takes at several widths.
+
+    Attributes:
+        fraction: of the original's.
+        absolute: instead, milliseconds.
+    """
+
+    fraction: float = 0.5
+    absolute: float | None = None
+
+    def count(self, costs: Costs, widths: Widths) -> float:
+        return costs.milliseconds(widths)
+
+
+@dataclass(frozen=True)
 class Significant(Budget):
     """Every unit that is significant may remain, and nothing else: no fraction has to be named.
 

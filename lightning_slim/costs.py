@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_slim.units import UnitGroup, most_important_first, named_tensors
 
+Table = dict[str, list[tuple[float, float]]]  # layer -> shares of its work that stay, ascending, with milliseconds
 Widths = Mapping[str, int]  # group name -> number of units that stay
 
 
@@ -66,6 +68,7 @@ class Costs:
         buffers: those of `shapes` that are no parameters.
         blocks: block -> its group, of those that are still there, the most important first: a width leaves the first.
         gone: blocks that were taken out.
+        table: measured milliseconds of every layer; empty if nothing was measured.
     """
 
     original: dict[str, int]
@@ -81,6 +84,7 @@ class Costs:
     buffers: tuple[str, ...] = ()
     blocks: dict[str, str] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
+    table: Table = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[UnitGroup], work: Iterable[Work]) -> Costs:
@@ -139,6 +143,19 @@ class Costs:
         lost = self._lost(widths)
         left = (each for each in self.work if not f"{each.layer}.".startswith(lost))
         return round(sum(each.macs * self._share(each, widths) for each in left))
+
+    def milliseconds(self, widths: Widths) -> float:
+        """Time of one forward pass of the example batch, from the measured table; between its entries, linear."""
+        if not self.table:
+            raise ValueError("Expected a measured table of latencies, got none: let `Pruner.prepare` measure it.")
+        lost = self._lost(widths)
+        left = (layer for layer in self.table if not f"{layer}.".startswith(lost))
+        return sum(_interpolated(self.table[layer], self.share(layer, widths)) for layer in left)
+
+    def share(self, layer: str, widths: Widths) -> float:
+        """Share of a layer's multiply-accumulates that stays."""
+        own = [each for each in self.work if each.layer == layer]
+        return sum(each.macs * self._share(each, widths) for each in own) / sum(each.macs for each in own)
 
     def ranked(self, importance: Mapping[str, Float[Tensor, "units"]]) -> Costs:
         """The costs where the most important blocks stay; `importance` is in the order of `blocks`."""
@@ -211,6 +228,16 @@ class Costs:
             name: {int(axis): _Axis(*owner) for axis, owner in by_axis.items()}
             for name, by_axis in state["axes"].items()
         }
+        table = {layer: [tuple(entry) for entry in entries] for layer, entries in state["table"].items()}
         work = [Work(**{**each, "tensors": tuple(each["tensors"])}) for each in state["work"]]
         sequences = {name: tuple(state[name]) for name in ("buffers", "gone")}
-        return cls(**{**state, "axes": axes, "work": work, **sequences})
+        return cls(**{**state, "axes": axes, "work": work, "table": table, **sequences})
+
+
+def _interpolated(entries: list[tuple[float, float]], share: float) -> float:
+    """Between neighbours linear, beyond the last ones constant."""
+    at = bisect.bisect_left(entries, (share, -math.inf))
+    if at in (0, len(entries)):
+        return entries[min(at, len(entries) - 1)][1]
+    (a, low), (b, high) = entries[at - 1], entries[at]
+    return low + (high - low) * (share - a) / (b - a)

@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_slim.budgets import Budget, MACs, Significant
+from lightning_slim.budgets import Budget, Latency, MACs, Significant
 from lightning_slim.candidates import Granularity, Wish, find_candidates
 from lightning_slim.costs import Costs
 from lightning_slim.evidence import evidence_of
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
+from lightning_slim.latency import measure
 from lightning_slim.patches import with_patches
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
@@ -180,6 +181,11 @@ class Pruner:
         if self.compensate == "exact":
             groups = [with_patches(self.model, group) for group in groups]
         costs = self.selection.bounded(Costs.of(self.model, groups, find_work(self.model, calls)), self.model, groups)
+        if isinstance(self.budget, Latency):
+            whole = {"": example_inputs} if networks is None else networks
+            whole_calls = {name: as_example(call) for name, call in whole.items()}
+            smallest = self._smallest(costs)
+            costs = replace(costs, table=self.agree(measure(self.model, groups, whole_calls, costs, smallest)))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
         self._original_index = {group.name: torch.arange(group.size) for group in groups}
@@ -437,12 +443,14 @@ class Pruner:
             stacklevel=3,
         )
 
-    def _check_reachable(self, costs: Costs) -> None:
+    def _smallest(self, costs: Costs) -> dict[str, int]:
+        """The smallest widths that are allowed."""
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
         start = costs.original
-        smallest = self.selection.widths(
-            0.0, start, start, everything, costs.packs, costs.floors, costs.blocks.values()
-        )
+        return self.selection.widths(0.0, start, start, everything, costs.packs, costs.floors, costs.blocks.values())
+
+    def _check_reachable(self, costs: Costs) -> None:
+        smallest = self._smallest(costs)
         closest, target = self.budget.remaining(costs, smallest), self.budget.target(costs)
         kind = type(self.budget).__name__
         if target > 1 and not self.budget.open_ended:

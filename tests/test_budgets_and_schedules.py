@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lightning_slim import (
     Cosine,
     Cubic,
     Exponential,
+    Latency,
     Linear,
     MACs,
     Magnitude,
@@ -33,7 +36,8 @@ from lightning_slim import (
 )
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
-from lightning_slim.profile import count_macs
+from lightning_slim.latency import measure
+from lightning_slim.profile import count_macs, time_side_by_side
 from lightning_slim.schedules import Schedule
 from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, find_work
@@ -132,10 +136,52 @@ def test_a_level_of_significance_outside_0_and_1_is_refused() -> None:
         Significant(5)
 
 
+def costs_of(network: nn.Module, x: torch.Tensor) -> Costs:
+    """With a table as if every layer took 0.1 ms and as many microseconds as it has thousands of MACs."""
+    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
+    return replace(costs, table={each.layer: [(0.0, 0.1), (1.0, 0.1 + each.macs / 1e6)] for each in costs.work})
+
+
+def test_latency_is_read_off_the_table() -> None:
+    costs = Costs.from_state(costs_of(Mixed(), images(0)[0]).to_state())
+    half = {name: units // 2 for name, units in costs.original.items()}
+    assert Latency().count(costs, half) == pytest.approx(0.1 * len(costs.table) + costs.macs(half) / 1e6)
+    bent = replace(costs, table={"fc2": [(0.25, 2.0), (0.75, 3.0), (1.0, 7.0)]})
+    widths = costs.original  # fc2 reads fc1
+    assert [bent.milliseconds({**widths, "fc1": units}) for units in (2, 5, 10, 15, 18, 20)] == [2, 2, 2.5, 3, 5.4, 7]
+
+
+def test_a_latency_budget_goes_by_what_was_measured() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8))
+    dense = copy.deepcopy(network)
+    pruner = Pruner(network, Magnitude(), Latency(0.5), OneShot(0.5), compensate="none")
+    x = torch.rand(128, 64)
+    pruner.prepare(x)
+    assert pruner.costs.table.keys() == {"0", "2", "4"}
+    assert all(entries == sorted(entries) for entries in pruner.costs.table.values())
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), dense.parameters(), strict=True))
+    event = pruner.step(0.5)
+    assert event is not None
+    assert 0.45 < event.reached <= 0.5
+    with torch.no_grad():
+        slim_ms, dense_ms = time_side_by_side([lambda: network(x), lambda: dense(x)], seconds=1)
+    assert 0.3 < slim_ms / dense_ms < 0.75  # of a busy machine; benchmarks/bench_latency.py is stricter
+
+
+def test_a_latency_that_no_width_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Ask for at least Latency\(absolute=[\d.e-]+\)"):
+        prepared(Latency(absolute=1e-6))
+    costs = Costs.of(Mixed(), [], [])
+    with pytest.raises(ValueError, match=r"Expected a model on the CPU.*got meta"):
+        measure(nn.Linear(2, 2, device="meta"), [], {}, costs, {})
+    with pytest.raises(ValueError, match="Expected a measured table of latencies"):
+        Latency().count(costs, {})
+
+
 @pytest.mark.parametrize("kind", BUDGETS)
 def test_budgets_grow_with_the_widths(kind: type) -> None:
-    network, x = Mixed(), images(0)[0]
-    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
+    costs = costs_of(Mixed(), images(0)[0])
     half = {name: units // 2 for name, units in costs.original.items()}
     assert 0 < kind().remaining(costs, half) < kind().remaining(costs, costs.original) == 1
 
@@ -145,8 +191,7 @@ def test_budgets_grow_with_the_widths(kind: type) -> None:
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_budget_is_reached_within_2_percent(kind: type[Budget], absolute: bool, scope: str) -> None:
     torch.manual_seed(0)
-    network, x = Mixed((32, 48, 64), 80), images(0)[0]
-    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=1)}))
+    costs = costs_of(Mixed((32, 48, 64), 80), images(0)[0])
     budget = kind(absolute=0.4 * kind().whole(costs)) if absolute else kind(0.4)
     importance = {name: torch.rand(units) for name, units in costs.original.items()}
     widths = Selection(scope).fit(budget.target(costs), budget, costs, costs.original, importance)  # type: ignore[arg-type]

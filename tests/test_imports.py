@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "budgets": {"costs"},
     "selection": {"budgets", "costs", "skipping", "units"},
     "patches": {"units"},
+    "latency": {"costs", "profile", "surgery", "units", "weight_norm"},
     "recording": {"eager", "patches", "statistics", "surgery", "units", "witness"},
     "surgery": {"costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "candidates": {"scores", "skipping", "surgery", "units"},
     "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {
-        "budgets", "candidates", "costs", "evidence", "folding", "guards", "history", "patches", "recording",
+        "budgets", "candidates", "costs", "evidence", "folding", "guards", "history", "latency", "patches", "recording",
         "schedules", "scores", "selection", "skipping", "surgery", "units",
     },
     "callbacks": {
