@@ -110,6 +110,20 @@ def test_without_the_masker_momentum_brings_the_weights_back() -> None:
     assert not zeros(net, masker)
 
 
+def test_steps_that_mixed_precision_skips_leave_the_zeros() -> None:
+    net = perceptron()
+    optimizer = OPTIMIZERS["AdamW"](net.parameters())
+    masker, scaler = masked(net, [optimizer]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(6):
+        optimizer.zero_grad()
+        before = net[0].weight.detach().clone()
+        scaler.scale(loss_of(net, step) * (torch.inf if step % 2 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(net[0].weight, before) == bool(step % 2)  # every other step is skipped
+        assert zeros(net, masker)
+
+
 def test_clipping_sees_only_what_trains() -> None:
     """The norm is that of a network in which the masked weights do not exist: zeros times a parametrized weight."""
     net = perceptron()
