@@ -97,6 +97,7 @@ class MaskEvent:
         reached: fraction that is.
         zeros: weight -> how many of its entries are zero.
         weights: weight -> how many entries it has.
+        regrown: how many entries came back, for as many others.
     """
 
     step: int
@@ -105,6 +106,7 @@ class MaskEvent:
     reached: float
     zeros: dict[str, int]
     weights: dict[str, int]
+    regrown: int = 0
 
     def __str__(self) -> str:
         zeros, weights = sum(self.zeros.values()), sum(self.weights.values())

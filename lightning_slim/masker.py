@@ -17,6 +17,7 @@ from lightning_slim.masks import (
     Distribution,
     Layer,
     Pattern,
+    Regrowth,
     Uniform,
     Unstructured,
     WeightMagnitude,
@@ -48,6 +49,8 @@ class Masker:
         module: dotted name of the only part that is masked; all of it if empty.
         skip: what stays dense: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
         mask_last: whether the last layers, those right before the loss, are masked too.
+        regrow: once the schedule is done, what comes back in exchange for others; None: nothing.
+        seed: of what comes back by chance.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -74,20 +77,26 @@ class Masker:
         module: str = "",
         skip: Skip = (),
         mask_last: bool = False,
+        regrow: Regrowth | None = None,
+        seed: int = 0,
     ) -> None:
         self.pattern = pattern or Unstructured()
         self.distribution = distribution or Uniform()
         self.sparsity = sparsity_of(self.pattern, sparsity, self.distribution)
+        if regrow is not None and self.pattern.sparsity is not None:
+            raise ValueError(f"Expected a pattern of any sparsity to regrow in, got {self.pattern}: choose another.")
         self.model = model
         self.score = score or WeightMagnitude()
         self.schedule = schedule or Cubic()
         self.module, self.skip, self.mask_last = module, tuple(skip), mask_last
+        self.regrow, self.seed = regrow, seed
         self.masks: dict[str, Bool[Tensor, "..."]] = {}  # weight -> True where it stays; of all that may be masked
         self.last: set[str] = set()  # weights of the last layers
         self.events: list[MaskEvent] = []
         self.agree: Callable[[Any], Any] = _alone  # several processes: what rank 0 says
         self._sums: dict[str, Float[Tensor, "..."]] = {}  # scores that are streamed
         self._steps = 0  # that were added up there
+        self._gradients: dict[str, Float[Tensor, "..."]] = {}  # the last ones, of all entries, to regrow by
         self._aliases: dict[str, str] = {}  # every name of a masked weight -> the one that it is masked under
         self._attached = False
         self._handles: list[RemovableHandle] = []
@@ -193,17 +202,19 @@ class Masker:
             What was done; None if nothing was due.
         """
         asked = self.sparsity * self.schedule(progress)
-        if asked <= self.reached:
+        exchange = self.regrow is not None and self.events and self.events[-1].asked == self.sparsity
+        if asked <= self.reached and not exchange:
             return None
-        new: dict[str, Tensor] = self.agree(self._choose(asked))
+        new: dict[str, Tensor] = self.agree(self._exchange(progress) if exchange else self._choose(asked))
         if all(torch.equal(new[name], mask) for name, mask in self.masks.items()):
             return None
+        regrown = sum(int((new[name].to(mask.device) & ~mask).sum()) for name, mask in self.masks.items())
         self.masks = {name: new[name].to(weight.device) for name, weight in self.weights.items()}
         self._sums, self._steps = {}, 0
         for model in (self.model, *copies):
             self.apply(model)
         self._forget(optimizers)
-        self.events.append(self._event(progress, asked, global_step))
+        self.events.append(self._event(progress, asked, global_step, regrown))
         return self.events[-1]
 
     @torch.no_grad()
@@ -222,7 +233,7 @@ class Masker:
         gone, dropped = _gone(change.groups, change.plan)
         stand = {name for name in self.masks if not any(name.startswith(f"{path}.") for path in dropped)}
         cut = {name for name, _ in gone if self._aliases.get(name, name) in stand}
-        for held in (self.masks, self._sums):
+        for held in (self.masks, self._sums, self._gradients):
             for name in held.keys() - stand:
                 del held[name]
             for (alias, axis), at in gone.items():
@@ -244,13 +255,14 @@ class Masker:
             "last": sorted(self.last),
             "sums": dict(self._sums),
             "steps": self._steps,
+            "gradients": dict(self._gradients),
             "events": [vars(event).copy() for event in self.events],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, on a model of the same shapes."""
         self.masks, self._sums, self._steps = dict(state["masks"]), dict(state["sums"]), state["steps"]
-        self.last = set(state["last"])
+        self.last, self._gradients = set(state["last"]), dict(state["gradients"])
         self.events = [MaskEvent(**event) for event in state["events"]]
         self._name()
 
@@ -265,6 +277,22 @@ class Masker:
         chosen = self.pattern.choose(stacked(self._scores(name)), removed)
         return unstacked(chosen, tuple(self.masks[name].shape)).contiguous()
 
+    def _exchange(self, progress: float) -> dict[str, Tensor]:
+        """Masks of the same density; what matters least of what stays makes room for what comes back."""
+        assert self.regrow is not None
+        new = {}
+        generator = torch.Generator().manual_seed(self.seed + len(self.events))
+        for name, mask in self.masks.items():
+            pieces = len(self.pattern.pool(stacked(mask.float())))
+            gone = round((1 - float(mask.double().mean())) * pieces)
+            exchanged = min(round(self.regrow.share(progress) * (pieces - gone)), gone)
+            survives = self._mask(name, gone + exchanged)
+            back = self.regrow(self._gradients.get(name, torch.zeros_like(mask, dtype=torch.float)).float(), generator)
+            back = back.to(mask.device).masked_fill(mask, -1.0).masked_fill(survives, torch.inf)
+            chosen = self.pattern.choose(stacked(back), gone)
+            new[name] = unstacked(chosen, tuple(mask.shape)).contiguous()
+        return new
+
     @torch.no_grad()
     def _scores(self, name: str) -> Float[Tensor, "..."]:
         """Scores of one weight; what is gone comes behind all that stays."""
@@ -276,7 +304,11 @@ class Masker:
         """A hook on a gradient. A cut hands it on to the new parameter, so that it looks its mask up."""
 
         def hook(gradient: Tensor) -> Tensor | None:
-            return gradient.masked_fill(~self.masks[name], 0) if self._attached and name in self.masks else None
+            if not self._attached or name not in self.masks:
+                return None
+            if self.regrow is not None and self.regrow.needs_gradients:
+                self._gradients[name] = gradient.detach().clone()
+            return gradient.masked_fill(~self.masks[name], 0)
 
         return hook
 
@@ -293,7 +325,7 @@ class Masker:
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         value.masked_fill_(~self.masks[name].to(value.device), 0)
 
-    def _event(self, progress: float, asked: float, global_step: int) -> MaskEvent:
+    def _event(self, progress: float, asked: float, global_step: int, regrown: int) -> MaskEvent:
         zeros = {name: int((~mask).sum()) for name, mask in self.masks.items()}
         return MaskEvent(
             step=global_step,
@@ -302,6 +334,7 @@ class Masker:
             reached=self.reached,
             zeros=zeros,
             weights={name: mask.numel() for name, mask in self.masks.items()},
+            regrown=regrown,
         )
 
     def _name(self) -> None:

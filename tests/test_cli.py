@@ -12,7 +12,7 @@ import yaml
 from lightning_slim.budgets import Budget, Params
 from lightning_slim.callbacks import GrangerPrune, Prune, WeightPrune
 from lightning_slim.cli import main
-from lightning_slim.masks import NM, Distribution, Pattern, WeightScore
+from lightning_slim.masks import NM, Distribution, Pattern, Regrowth, WeightScore
 from lightning_slim.schedules import Linear, Schedule
 from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
 
@@ -81,7 +81,13 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     assert getattr(callback, argument) == kind()
 
 
-OF_WEIGHTS = {Pattern: "pattern", Distribution: "distribution", WeightScore: "score", Schedule: "schedule"}
+OF_WEIGHTS = {
+    Regrowth: "regrow",
+    Pattern: "pattern",
+    Distribution: "distribution",
+    WeightScore: "score",
+    Schedule: "schedule",
+}
 
 
 @pytest.mark.parametrize("kind", [c for base in OF_WEIGHTS for c in base.__subclasses__()], ids=lambda c: c.__name__)

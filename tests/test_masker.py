@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from lightning_slim import (
     NM,
+    SET,
     Block,
     ErdosRenyiKernel,
     Global,
     Masker,
     OneShot,
     Pattern,
+    Regrowth,
+    RigL,
     Uniform,
     Unstructured,
     WeightSaliency,
@@ -105,6 +108,20 @@ def test_without_the_masker_momentum_brings_the_weights_back() -> None:
     loss_of(net, 1).backward()
     optimizer.step()
     assert not zeros(net, masker)
+
+
+def test_steps_that_mixed_precision_skips_leave_the_zeros() -> None:
+    net = perceptron()
+    optimizer = OPTIMIZERS["AdamW"](net.parameters())
+    masker, scaler = masked(net, [optimizer]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(6):
+        optimizer.zero_grad()
+        before = net[0].weight.detach().clone()
+        scaler.scale(loss_of(net, step) * (torch.inf if step % 2 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(net[0].weight, before) == bool(step % 2)  # every other step is skipped
+        assert zeros(net, masker)
 
 
 def test_clipping_sees_only_what_trains() -> None:
@@ -297,3 +314,52 @@ def test_the_state_is_restored_to_the_bit() -> None:
     other.load_state_dict(state)
     assert same(other.masks, masker.masks)
     assert (other.events, other.last, other.reached) == (masker.events, masker.last, masker.reached)
+
+
+# --- regrowth ---
+
+
+@pytest.mark.parametrize("regrow", [RigL(end=1.0), SET(end=1.0)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 1)], ids=str)
+def test_exchanges_keep_the_density_to_the_entry(regrow: Regrowth, pattern: Pattern) -> None:
+    net = perceptron()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    masker = Masker(net, 0.75, pattern, schedule=OneShot(0.0), regrow=regrow)
+    masker.prepare(loss_of(net))
+    masker.attach([optimizer])
+    for step in range(10):
+        event = masker.update(step / 10, [optimizer])
+        assert [int((~mask).sum()) for mask in masker.masks.values()] == [96, 144]
+        if step:
+            shares = [round(regrow.share(step / 10) * n / pattern.piece) * pattern.piece for n in (32, 48)]
+            assert (event.regrown if event is not None else 0) == sum(shares)
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        optimizer.step()
+        assert zeros(net, masker)
+
+
+def test_rigl_by_hand() -> None:
+    """The smallest of what stays go; what has the largest gradient of all that was zero comes back, as zero."""
+    net = perceptron()
+    masker = Masker(net, 0.5, schedule=OneShot(0.0), regrow=RigL(fraction=0.25, end=1.0))
+    masker.prepare(loss_of(net))
+    masker.attach([])
+    masker.update(0.0)
+    before, weight = masker.masks["0.weight"], net[0].weight.detach().clone()
+    dense = copy.deepcopy(net)
+    loss_of(dense).backward()
+    loss_of(net).backward()
+    masker.update(0.5)  # the share is half of 0.25: 8 of 64
+    smallest = weight.abs()[before].sort().values[7]
+    largest = dense[0].weight.grad.abs()[~before].sort(descending=True).values[7]
+    expected = (before & (weight.abs() > smallest)) | (~before & (dense[0].weight.grad.abs() >= largest))
+    assert torch.equal(masker.masks["0.weight"], expected)
+    assert (net[0].weight[expected & ~before] == 0).all()
+
+
+def test_a_pattern_of_one_sparsity_cannot_regrow() -> None:
+    with pytest.raises(ValueError, match="Expected a pattern of any sparsity to regrow in"):
+        Masker(perceptron(), pattern=NM(), regrow=RigL())
+    with pytest.raises(ValueError, match=r"Expected `fraction` in \(0, 1\)"):
+        SET(1.0)

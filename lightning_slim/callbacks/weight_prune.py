@@ -17,7 +17,7 @@ from lightning_slim.callbacks.companions import copies, reset_monitors
 from lightning_slim.callbacks.prune import epochs_in_run, in_fractions
 from lightning_slim.history import MaskEvent
 from lightning_slim.masker import Masker, sparsity_of
-from lightning_slim.masks import Distribution, Pattern, Uniform, Unstructured, WeightMagnitude, WeightScore
+from lightning_slim.masks import Distribution, Pattern, Regrowth, Uniform, Unstructured, WeightMagnitude, WeightScore
 from lightning_slim.pruner import NoEffectWarning
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.skipping import Skip
@@ -42,6 +42,9 @@ class WeightPrune(SlimCallback):
         module: dotted name of the only part of the model that is masked, such as `"backbone"`; all of it if empty.
         skip: what stays dense: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         mask_last: whether the last layers are masked, too.
+        regrow: once the schedule is done, dynamic sparse training: at every update some weights are exchanged for
+            others at the same sparsity, `RigL()` or `SET()`. None: what is gone stays gone.
+        seed: of what comes back by chance.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each update: what was best before was
             best of a denser model. Files of the old best stay on disk.
     """
@@ -57,6 +60,8 @@ class WeightPrune(SlimCallback):
         module: str = "",
         skip: Skip = (),
         mask_last: bool = False,
+        regrow: Regrowth | None = None,
+        seed: int = 0,
         reset_monitors: bool = True,
     ) -> None:
         if update_every <= 0:
@@ -64,7 +69,7 @@ class WeightPrune(SlimCallback):
         self.sparsity = sparsity_of(pattern, sparsity, distribution)
         self.pattern, self.score, self.distribution, self.schedule = pattern, score, distribution, schedule
         self.update_every, self.module, self.skip, self.mask_last = update_every, module, skip, mask_last
-        self.reset_monitors = reset_monitors
+        self.regrow, self.seed, self.reset_monitors = regrow, seed, reset_monitors
         self._masker: Masker | None = None
         self._point = -1  # the last point in time at which an update was decided on
         self._finding = True  # what is last, in the first batch
@@ -99,6 +104,8 @@ class WeightPrune(SlimCallback):
                 module=self.module,
                 skip=self.skip,
                 mask_last=self.mask_last,
+                regrow=self.regrow,
+                seed=self.seed,
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lightning_slim import (
     NoEffectWarning,
     OneShot,
     Prune,
+    RigL,
     Units,
     WeightPrune,
     WeightSaliency,
@@ -73,7 +74,11 @@ def test_a_run_ends_with_what_was_asked_for(tmp_path: Path, settings: dict[str, 
     assert [*lit.state_dict()] == [*Lit().state_dict()]
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"score": WeightSaliency(), "distribution": Global()}], ids=["plain", "other"])
+OTHER = {"score": WeightSaliency(), "distribution": Global()}
+REGROWN = {"schedule": OneShot(0.0), "regrow": RigL(end=1.0)}
+
+
+@pytest.mark.parametrize("kwargs", [{}, OTHER, REGROWN], ids=["plain", "other", "regrown"])
 def test_stop_after_any_epoch_and_resume_bitwise(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     """`ModelPruning` forgets its masks: 2208 zeros in the weights are none after a resume, without a warning."""
 
