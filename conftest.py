@@ -5,7 +5,8 @@ import logging
 from jaxtyping import install_import_hook
 
 hook = install_import_hook(
-    ["lightning_slim.statistics", "lightning_slim.scores", "lightning_slim.units"], "beartype.beartype"
+    ["lightning_slim.statistics", "lightning_slim.scores", "lightning_slim.penalties", "lightning_slim.units"],
+    "beartype.beartype",
 )
 
 import pytest  # noqa: E402

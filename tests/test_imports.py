@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "witness": set(),
     "losses": set(),
     "schedules": set(),
+    "penalties": set(),
     "eager": set(),
     "profile": {"eager"},
     "history": set(),
@@ -42,10 +43,11 @@ MAY_IMPORT = {
         "budgets", "candidates", "costs", "folding", "guards", "history", "patches", "profile", "recording",
         "schedules", "scores", "selection", "skipping", "statistics", "surgery", "units", "weight_norm", "witness",
     },
+    "regularizer": {"candidates", "penalties", "scores", "skipping", "surgery", "units", "weight_norm"},
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
-        "input_screener", "losses", "pruner", "report", "schedules", "scores", "selection", "skipping", "surgery",
-        "weight_norm",
+        "input_screener", "losses", "penalties", "pruner", "regularizer", "report", "schedules", "scores", "selection",
+        "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

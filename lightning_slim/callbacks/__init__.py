@@ -4,5 +4,6 @@ from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.granger_prune import GrangerPrune
 from lightning_slim.callbacks.input_screening import InputScreening
 from lightning_slim.callbacks.prune import Prune
+from lightning_slim.callbacks.sparsity_regularization import SparsityRegularization
 
-__all__ = ["GrangerPrune", "InputScreening", "Prune", "SlimCallback"]
+__all__ = ["GrangerPrune", "InputScreening", "Prune", "SlimCallback", "SparsityRegularization"]
