@@ -14,7 +14,10 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods/granger_prune.md", "docs/methods/input_screening.md"])
+PAGES = ["granger_prune", "input_screening", "sparsity_regularization"]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/methods/{name}.md" for name in PAGES)])
 def test_the_python_blocks_of_a_page_run_one_after_the_other(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
