@@ -5,7 +5,13 @@ import logging
 from jaxtyping import install_import_hook
 
 hook = install_import_hook(
-    ["lightning_slim.statistics", "lightning_slim.scores", "lightning_slim.units", "lightning_slim.masks"],
+    [
+        "lightning_slim.statistics",
+        "lightning_slim.scores",
+        "lightning_slim.penalties",
+        "lightning_slim.units",
+        "lightning_slim.masks",
+    ],
     "beartype.beartype",
 )
 

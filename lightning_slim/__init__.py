@@ -1,7 +1,7 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
 from lightning_slim.budgets import Budget, Bytes, Latency, MACs, Params, Significant, Units
-from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, WeightPrune
+from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, SparsityRegularization, WeightPrune
 from lightning_slim.checkpoint import load_from_checkpoint
 from lightning_slim.history import History, MaskEvent, PruningEvent, ScreeningEvent
 from lightning_slim.masker import Masker
@@ -21,7 +21,9 @@ from lightning_slim.masks import (
     WeightSaliency,
     WeightScore,
 )
+from lightning_slim.penalties import L1, GroupLasso, GrowingL2, HoyerSquare, NormScaleL1, Penalty
 from lightning_slim.pruner import NoEffectWarning, Pruner
+from lightning_slim.regularizer import Regularizer
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import (
     Annealing,
@@ -84,8 +86,12 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Global",
     "Granger",
     "GrangerPrune",
+    "GroupLasso",
+    "GrowingL2",
     "History",
+    "HoyerSquare",
     "InputScreening",
+    "L1",
     "Lamp",
     "Latency",
     "Linear",
@@ -96,10 +102,12 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Masker",
     "NM",
     "NoEffectWarning",
+    "NormScaleL1",
     "OneCycle",
     "OneShot",
     "Params",
     "Pattern",
+    "Penalty",
     "Plan",
     "Prune",
     "Pruner",
@@ -107,6 +115,7 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Random",
     "RandomGates",
     "Regrowth",
+    "Regularizer",
     "Report",
     "RigL",
     "SET",
@@ -115,6 +124,7 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Screening",
     "ScreeningEvent",
     "Significant",
+    "SparsityRegularization",
     "Stepwise",
     "Taylor",
     "Uniform",

@@ -152,6 +152,13 @@ def columns(tensor: Tensor, span: Span) -> Float[Tensor, "units fan"]:
     return tensor.movedim(span.axis, 0)[index].flatten(1)
 
 
+def put_columns(tensor: Tensor, span: Span, values: Float[Tensor, "units fan"]) -> Tensor:
+    """Writes what `columns` reads, in place; returns the tensor."""
+    along = tensor.movedim(span.axis, 0)
+    along[span.index.to(tensor.device)] = values.to(tensor.dtype).view(*span.index.shape, *along.shape[1:])
+    return tensor
+
+
 def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:
     """All weights of a group, one unit a row: the one view for scores and penalties.
 
@@ -171,7 +178,7 @@ def rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float
 
 def coupled_rows(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> list[Float[Tensor, "units fan"]]:
     """The parts of `rows`, one a tensor; not of blocks."""
-    return [columns(weight(model, s.tensor), s) for s in _spans(model, group, role)]
+    return [columns(weight(model, s.tensor), s) for s in weight_spans(model, group, role)]
 
 
 def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> Float[Tensor, "units fan"]:
@@ -182,7 +189,7 @@ def gradients(model: nn.Module, group: UnitGroup, role: Role | None = "out") -> 
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
             for parameters in of_blocks
         )
-    return torch.cat([columns(gradient(model, s.tensor), s) for s in _spans(model, group, role)], dim=1)
+    return torch.cat([columns(gradient(model, s.tensor), s) for s in weight_spans(model, group, role)], dim=1)
 
 
 def parameters_of(model: nn.Module, group: UnitGroup) -> list[nn.Parameter]:
@@ -198,8 +205,8 @@ def _padded(pieces: Iterable[list[Tensor]]) -> Float[Tensor, "units fan"]:
     return torch.nn.utils.rnn.pad_sequence([torch.cat(of_unit) for of_unit in pieces], batch_first=True)
 
 
-def _spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[Span]:
-    """Those in weights; what a weight's lengths say, the weight says too."""
+def weight_spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Iterator[Span]:
+    """The spans that `rows` concatenates: those in weights; what a weight's lengths say, the weight says too."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: set[tuple[int, int]] = set()
     for span in group.spans:

@@ -61,6 +61,14 @@ class WeightNorm:
         by_v, by_g = (torch.zeros_like(p) if p.grad is None else p.grad for p in (self.v, self.g))
         return by_g * v / size + torch.where(g == 0, 0, size / g) * by_v
 
+    def by_stored(self, by_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients by `v` and `g`, from that by the weight: the chain rule."""
+        v, g = _whole(self.v.detach()), _whole(self.g.detach())
+        size, along = self.lengths(v), by_weight * v
+        axes = [axis for axis in range(v.ndim) if axis != self.dim]
+        by_g = along.sum(axes, keepdim=self.dim >= 0).view_as(g) / size
+        return g / size * (by_weight - by_g * v / size), by_g
+
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Stores another weight: `v` keeps its length and `g` its sign, and what did not change stays to the bit."""
@@ -148,6 +156,13 @@ def gradient(model: nn.Module, tensor: str) -> Tensor:
         return norm.gradient()
     plain = _plain(model, tensor)
     return torch.zeros_like(plain) if plain.grad is None else plain.grad
+
+
+def by_stored(model: nn.Module, tensor: str, by_weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that make a weight, as `stored` names them, each with its gradient, given that by the weight."""
+    norm, leaf = _holder(model, tensor)
+    gradients = norm.by_stored(by_weight) if norm is not None and leaf == norm.direction else (by_weight,)
+    return list(zip(stored(model, tensor), gradients, strict=True))
 
 
 @contextmanager

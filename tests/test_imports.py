@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "witness": set(),
     "losses": set(),
     "schedules": set(),
+    "penalties": set(),
     "eager": set(),
     "profile": {"eager"},
     "history": set(),
@@ -46,10 +47,11 @@ MAY_IMPORT = {
         "budgets", "candidates", "costs", "evidence", "folding", "guards", "history", "latency", "patches", "recording",
         "schedules", "scores", "selection", "skipping", "surgery", "units",
     },
+    "regularizer": {"candidates", "penalties", "scores", "skipping", "surgery", "units", "weight_norm"},
     "callbacks": {
         "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
-        "input_screener", "losses", "masker", "masks", "pruner", "recording", "report", "schedules", "scores",
-        "selection", "skipping", "surgery", "weight_norm",
+        "input_screener", "losses", "masker", "masks", "penalties", "pruner", "recording", "regularizer", "report",
+        "schedules", "scores", "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

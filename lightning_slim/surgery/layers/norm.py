@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, in_runs, present
-from lightning_slim.units import Role, UnitGroup, columns
+from lightning_slim.units import Role, Span, UnitGroup, columns
 from lightning_slim.weight_norm import layer_of
 
 
@@ -92,15 +92,26 @@ class LayerNormLike(LayerKind):
             vars(layer)["normalized_shape"] = (len(layer.get_parameter("weight")),)
 
 
-def norm_scales(model: nn.Module, group: UnitGroup) -> Float[Tensor, "units norms"]:
-    """The absolute scale of each unit in every normalisation that a group passes; no columns if there is none.
+def scale_spans(model: nn.Module, group: UnitGroup) -> list[Span]:
+    """Where a group's units have scales in normalisations; a tied scale once.
 
-    The mean over the positions of a unit; a tied scale counts once. Norms of other libraries, of which only the name is
-    known, do not count: some multiply by one more than their weight.
+    Norms of other libraries, of which only the name is known, do not count: some multiply by one more than their
+    weight.
     """
-    scales: dict[int, Tensor] = {}
+    spans: dict[int, Span] = {}
     for span in group.spans:
         layer = model.get_submodule(layer_of(span.tensor))
         if isinstance(layer, (*BatchNorm.types, *GroupNorm.types, *LayerNorm.types)) and span.tensor.endswith("weight"):
-            scales[id(layer.weight)] = columns(layer.weight.detach(), span).abs().mean(1)
-    return torch.stack([*scales.values()], 1) if scales else torch.zeros(group.size, 0)
+            spans[id(layer.weight)] = span
+    return [*spans.values()]
+
+
+def norm_scales(model: nn.Module, group: UnitGroup) -> Float[Tensor, "units norms"]:
+    """The absolute scale of each unit in every normalisation that a group passes; no columns if there is none.
+
+    The mean over the positions of a unit; see `scale_spans` for what counts.
+    """
+    scales = [
+        columns(model.get_parameter(span.tensor).detach(), span).abs().mean(1) for span in scale_spans(model, group)
+    ]
+    return torch.stack(scales, 1) if scales else torch.zeros(group.size, 0)

@@ -1,0 +1,209 @@
+"""Find -> pull -> follow: units are pulled toward zero while a network trains; no Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_slim.candidates import Wish, find_candidates
+from lightning_slim.penalties import Penalty, Proximal
+from lightning_slim.scores import Magnitude
+from lightning_slim.skipping import Skip, check_skip
+from lightning_slim.surgery import StructureChange
+from lightning_slim.surgery.example import as_example, workable
+from lightning_slim.surgery.layers.norm import scale_spans
+from lightning_slim.units import (
+    Role,
+    Span,
+    UnitGroup,
+    columns,
+    from_state,
+    put_columns,
+    renumber,
+    to_state,
+    weight_spans,
+)
+from lightning_slim.weight_norm import by_stored, editing, stored, weight
+
+NEAR_ZERO = 0.01  # of the mean norm that a group's units had at the start
+ROLES: dict[str, Role | None] = {"all": None, "made": "out"}
+
+
+class Regularizer:
+    """Adds a penalty's gradients to those of a loss, or shrinks weights behind a step of an optimizer.
+
+    An entry may belong to several units: one that it makes and one that reads it. Gradients of both are added;
+    shrinkages are carried out group after group.
+
+    Args:
+        model: the module whose tensors the optimizer holds.
+        penalty: what is pulled, and how.
+        module: dotted name of the only part whose units are pulled; all of it if empty.
+        skip: what is left alone: names of layers, patterns such as `"encoder.*"`, or module types (or their names).
+        verify: whether every group is tried first, so that only units are pulled that can be removed.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> regularizer = Regularizer(net, GroupLasso())
+        >>> regularizer.prepare({"": torch.randn(2, 4)})
+        >>> regularizer.add_gradients(net.parameters(), strength=0.1)
+        >>> net[0].weight.grad.shape
+        torch.Size([8, 4])
+    """
+
+    def __init__(
+        self, model: nn.Module, penalty: Penalty, *, module: str = "", skip: Skip = (), verify: bool = True
+    ) -> None:
+        check_skip(model, skip)
+        check_skip(model, [module] if module else [])
+        self.model, self.penalty = model, penalty
+        self.wish = Wish(Magnitude(), module=module, skip=tuple(skip), verify=verify)
+        self.groups: list[UnitGroup] = []
+        self.left_alone: dict[str, str] = {}
+        self.agree: Callable[[Any], Any] = lambda value: value  # several processes: what rank 0 says
+        self._start: dict[str, Tensor] = {}  # group -> norms of the units that are there now, as they were then
+
+    # --- find ---
+
+    @torch.inference_mode(False)
+    def prepare(self, networks: Mapping[str, Any]) -> None:
+        """Finds what is pulled.
+
+        Args:
+            networks: of each network, dotted name -> example inputs.
+
+        Raises:
+            ValueError: nothing.
+        """
+        calls = {name: workable(self.model.get_submodule(name), as_example(call)) for name, call in networks.items()}
+        found, self.left_alone = find_candidates(self.model, calls, self.wish, self.agree)
+        self.groups = [group for group in found if self._spans(group)]
+        if not self.groups:
+            nothing = {group.name: "it passes no normalisation with a scale" for group in found}
+            reasons = "; ".join(f"{name}: {why}" for name, why in {**self.left_alone, **nothing}.items())
+            raise ValueError(
+                f"Expected units that {type(self.penalty).__name__} can pull, got none in {type(self.model).__name__}: "
+                f"choose another penalty, such as `GroupLasso()`, or skip less. {reasons}"
+            )
+        self._start = self.norms()
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the groups are known."""
+        return bool(self.groups)
+
+    # --- pull ---
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Iterable[Tensor], strength: float) -> None:
+        """Adds the gradients of `strength * penalty`, summed over groups, to the `grad` of these parameters.
+
+        Frozen ones are passed over; they count in the norms of their units.
+        """
+        trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        for group in self.groups:
+            spans = self._spans(group)
+            rows = self._rows(spans)
+            for span, piece in zip(spans, self._split(strength * self.penalty.gradient(rows), spans), strict=True):
+                by_weight = put_columns(torch.zeros_like(weight(self.model, span.tensor)), span, piece)
+                for parameter, gradient in by_stored(self.model, span.tensor, by_weight):
+                    if id(parameter) in trained:
+                        _add(parameter, gradient)
+
+    @torch.no_grad()
+    def shrink(self, optimizer: Optimizer, strength: float) -> None:
+        """The proximal step of `learning rate * strength * penalty` on what an optimizer has just changed.
+
+        The learning rate is that of each parameter's own group.
+
+        Raises:
+            ValueError: the penalty has none in closed form.
+        """
+        penalty = as_proximal(self.penalty)
+        rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+        for group in self.groups:
+            spans = self._spans(group)
+            rows = self._rows(spans)
+            for position, span in enumerate(spans):
+                rate = rates.get(id(stored(self.model, span.tensor)[0]), 0.0)
+                if rate > 0:
+                    factors = self._split(penalty.shrinkage(rows, rate * strength), spans)[position]
+                    with editing(self.model, span.tensor) as tensor:
+                        tensor.mul_(put_columns(torch.ones_like(tensor), span, factors))
+
+    # --- look ---
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """The penalty at strength 1, summed over groups."""
+        return sum(float(self.penalty.value(self._rows(self._spans(group)))) for group in self.groups)
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, Float[Tensor, "units"]]:
+        """Norms of the entries that are pulled: group -> one of each unit."""
+        return {group.name: self._rows(self._spans(group)).norm(dim=1).cpu() for group in self.groups}
+
+    def shrunk(self) -> dict[str, float]:
+        """Mean norm of each group's units, relative to what the same units had at the start."""
+        return {name: float(norms.mean() / self._start[name].mean()) for name, norms in self.norms().items()}
+
+    def near_zero(self) -> dict[str, int]:
+        """How many units of each group are below 1 % of the mean norm at the start."""
+        norms = self.norms()
+        return {name: int((norms[name] <= NEAR_ZERO * self._start[name].mean()).sum()) for name in norms}
+
+    # --- follow, save ---
+
+    def follow(self, change: StructureChange) -> None:
+        """Lets the groups follow a cut of the model, whoever made it."""
+        own = {group.name for group in self.groups}
+        others = [group for group in change.groups if group.name not in own]
+        self.groups = [group for group in renumber([*self.groups, *others], change.plan) if group.name in own]
+        kept = {name: norms[change.plan[name].cpu()] for name, norms in self._start.items() if name in change.plan}
+        self._start = {group.name: {**self._start, **kept}[group.name] for group in self.groups}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups and what their norms were, as tensors and plain data."""
+        return {"groups": [to_state(group) for group in self.groups], "start": dict(self._start)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; the model must have the shapes that it had then."""
+        self.groups = [from_state(group) for group in state["groups"]]
+        self._start = {name: norms.cpu() for name, norms in state["start"].items()}
+
+    # --- details ---
+
+    def _spans(self, group: UnitGroup) -> list[Span]:
+        """Where the entries are that the penalty pulls."""
+        of = self.penalty.of
+        return scale_spans(self.model, group) if of == "scales" else [*weight_spans(self.model, group, ROLES[of])]
+
+    def _rows(self, spans: list[Span]) -> Float[Tensor, "units fan"]:
+        return torch.cat([columns(weight(self.model, span.tensor), span) for span in spans], 1)
+
+    def _split(self, rows: Float[Tensor, "units fan"], spans: list[Span]) -> tuple[Tensor, ...]:
+        """What `_rows` concatenates."""
+        return torch.split(rows, [columns(weight(self.model, span.tensor), span).shape[1] for span in spans], 1)
+
+
+def as_proximal(penalty: Penalty) -> Proximal:
+    """The penalty itself; raises a ValueError if it has no proximal step in closed form."""
+    if not isinstance(penalty, Proximal):
+        raise ValueError(
+            f"Expected a penalty with a proximal step in closed form, got {penalty}: choose `GroupLasso()`, `L1()` or "
+            "`NormScaleL1()`, or `proximal=False`."
+        )
+    return penalty
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    """In place where there is a gradient: DistributedDataParallel may hold a view of it."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
