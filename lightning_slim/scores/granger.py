@@ -138,7 +138,8 @@ class Granger(Score):
 
     p-values are those of F to enter: of what each unit adds to those chosen before it, over what is left unexplained,
     divided by the mean F of single units where there is nothing to find (units joined with another item's targets), if
-    that is above 1. With readers as targets nearly every unit that is no combination of others is significant.
+    that is above 1. Several targets are pooled as if they were one, which makes p too large, never too small. With
+    readers as targets nearly every unit that is no combination of others is significant.
 
     Attributes:
         lags: past steps of each unit beside its present. They count where the units arrive as series: at a `Conv1d`, or
