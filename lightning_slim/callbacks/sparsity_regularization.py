@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import undecided
-from lightning_slim.callbacks.prune import epochs_in_run
+from lightning_slim.callbacks.prune import epochs_in_run, in_fractions
 from lightning_slim.capture import capture_calls
 from lightning_slim.penalties import Penalty
 from lightning_slim.regularizer import Regularizer, as_proximal
@@ -65,6 +65,7 @@ class SparsityRegularization(SlimCallback):
         if proximal:
             as_proximal(penalty)
         self.penalty, self.strength, self.schedule, self.proximal = penalty, strength, schedule, proximal
+        self._course = schedule  # with all times as fractions of the run, once that has a length
         self.module, self.skip, self.verify = module, skip, verify
         self._regularizer: Regularizer | None = None
         self._now = 0.0  # strength in this batch
@@ -102,7 +103,7 @@ class SparsityRegularization(SlimCallback):
         self.regularizer.agree = partial(trainer.strategy.broadcast, src=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epochs_in_run(trainer)  # raises where the run has no end
+        self._course = in_fractions(self.schedule, trainer)
         if self.proximal:
             for optimizer in trainer.optimizers:
                 self._shrinking.callback(optimizer.register_step_post_hook(self._shrink).remove)
@@ -118,7 +119,7 @@ class SparsityRegularization(SlimCallback):
         if not self.regularizer.prepared and not undecided(trainer):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
         progress = (trainer.current_epoch + batch_idx / trainer.num_training_batches) / epochs_in_run(trainer)
-        self._now = self.strength * self.schedule(min(progress, 1.0))
+        self._now = self.strength * self._course(min(progress, 1.0))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.

@@ -211,3 +211,13 @@ def test_a_layer_that_is_not_there_is_refused_before_training(tmp_path: Path) ->
 def test_a_regularizer_before_a_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no regularizer before"):
         _ = SparsityRegularization(GroupLasso(), 1.0).regularizer
+
+
+def test_times_may_be_counted_in_epochs(tmp_path: Path) -> None:
+    weights = []
+    for end in ("2 epochs", 2 / 4):
+        module = Lit()
+        pull = SparsityRegularization(GroupLasso(), 1e-3, Linear(0.0, end))
+        trainer(tmp_path, pull, max_epochs=4).fit(module, loader())
+        weights.append(module.state_dict())
+    assert same(*weights)
