@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from lightning_slim.scores import Score
 from lightning_slim.skipping import Skip, skips
-from lightning_slim.surgery import Example, Survey, find_blocks
+from lightning_slim.surgery import Example, find_blocks
 from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.verify import pack_up, vet, vet_blocks
 from lightning_slim.units import UnitGroup
 
 Granularity = Literal["units", "layers", "both"]
+PACK = "it must keep as many units as a layer or direction beside it that stays whole"
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,16 @@ class Wish:
         return ""
 
 
+class Candidates(NamedTuple):
+    """What may go, and of all else that was found: name -> why it stays whole."""
+
+    groups: list[UnitGroup]
+    left_whole: dict[str, str]
+
+
 def find_candidates(
     model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]
-) -> tuple[list[UnitGroup], dict[str, str]]:
+) -> Candidates:
     """Finds what can be removed and may be.
 
     Args:
@@ -55,46 +63,32 @@ def find_candidates(
         calls: its networks, each with one call.
         wish: what a user allows to go.
         agree: with several processes, what rank 0 says.
-
-    Returns:
-        Groups, and of all else that was found: name -> why it stays whole.
     """
-    left_whole: dict[str, str] = {}
-    groups = _find_units(model, calls, wish, agree, left_whole) if wish.granularity != "layers" else []
-    groups += _find_blocks(model, calls, wish, agree, left_whole) if wish.granularity != "units" else []
-    return groups, left_whole
+    units = _find_units(model, calls, wish, agree) if wish.granularity != "layers" else Candidates([], {})
+    blocks = _find_blocks(model, calls, wish, agree) if wish.granularity != "units" else Candidates([], {})
+    return Candidates([*units.groups, *blocks.groups], units.left_whole | blocks.left_whole)
 
 
-def _find_units(
-    model: nn.Module,
-    calls: Mapping[str, Example],
-    wish: Wish,
-    agree: Callable[[Any], Any],
-    left_whole: dict[str, str],
-) -> list[UnitGroup]:
+def _find_units(model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]) -> Candidates:
     found = survey_networks(model, calls)
-    reasons = {group.name: _unwanted_units(model, group, wish) for group in found.groups}
-    left_whole |= found.left_whole | {name: why for name, why in reasons.items() if why}
-    groups = _whole_packs([group for group in found.groups if not reasons[group.name]], found, left_whole)
+    reasons = {group.name: why for group in found.groups if (why := _unwanted_units(model, group, wish))}
+    groups = [group for group in found.groups if group.name not in reasons]
+    broken = {group.pack for group in found.groups if group.pack and group.name in reasons}
+    reasons |= dict.fromkeys((group.name for group in groups if group.pack in broken), PACK)
+    groups = [group for group in groups if group.pack not in broken]
     if wish.verify:
         unfit = vet(model, groups, calls)
         unfit, packs = agree((unfit, pack_up(model, groups, unfit, calls)))
-        left_whole |= {name: reason for name, reason in unfit.items() if name not in packs}
+        reasons |= {name: reason for name, reason in unfit.items() if name not in packs}
         groups = [
             replace(group, pack=packs.get(group.name, group.pack))
             for group in groups
             if group.name in packs or group.name not in unfit
         ]
-    return groups
+    return Candidates(groups, found.left_whole | reasons)
 
 
-def _find_blocks(
-    model: nn.Module,
-    calls: Mapping[str, Example],
-    wish: Wish,
-    agree: Callable[[Any], Any],
-    left_whole: dict[str, str],
-) -> list[UnitGroup]:
+def _find_blocks(model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]) -> Candidates:
     found: dict[str, UnitGroup] = {}
     for root, call in calls.items():
         groups = find_blocks(model.get_submodule(root), call, f"{root}." if root else "")
@@ -102,9 +96,8 @@ def _find_blocks(
     found = agree(found)
     unfit = agree(vet_blocks(model, list(found.values()), calls)) if wish.verify else {}
     unfit |= {path: why for group in found.values() for path in group.blocks if (why := _unwanted(model, path, wish))}
-    left_whole |= unfit
     left = (replace(g, blocks=tuple(path for path in g.blocks if path not in unfit)) for g in found.values())
-    return [group for group in left if group.blocks]
+    return Candidates([group for group in left if group.blocks], unfit)
 
 
 def _unwanted_units(model: nn.Module, group: UnitGroup, wish: Wish) -> str:
@@ -136,13 +129,3 @@ def _unwanted(model: nn.Module, block: str, wish: Wish) -> str:
     if "made" in wish.score.needs:
         return f"its weights do not correspond to those of other blocks, so {type(wish.score).__name__} cannot tell"
     return ""
-
-
-def _whole_packs(groups: Sequence[UnitGroup], found: Survey, left_whole: dict[str, str]) -> list[UnitGroup]:
-    """The groups without those whose pack is not complete: they must keep as many units as one that stays whole."""
-    names = {group.name for group in groups}
-    broken = {group.pack for group in found.groups if group.pack and group.name not in names}
-    for group in groups:
-        if group.pack in broken:
-            left_whole[group.name] = "it must keep as many units as a layer or direction beside it that stays whole"
-    return [group for group in groups if not group.pack or group.pack not in broken]

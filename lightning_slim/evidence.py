@@ -36,9 +36,10 @@ def evidence_of(
     )
     if group.blocks:  # what follows reads the sum of what the blocks add
         readings = tuple(Reading(m, torch.ones(group.size, 1)) for m in moments if m is not None)
+    parts = [rows(model, group, role=None)] if group.blocks else coupled_rows(model, group, role=None)
     return Evidence(
-        weights=rows(model, group, role=None).detach(),
-        fans=() if group.blocks else tuple(part.shape[1] for part in coupled_rows(model, group, role=None)),
+        weights=torch.cat(parts, 1).detach(),
+        fans=tuple(part.shape[1] for part in parts),
         readings=readings,
         effects={effect: recorder.mean(effect, group.name) for effect in recorder.effects},
         gates=recorder.gated(group.name),

@@ -24,9 +24,10 @@ from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.latency import measure
 from lightning_slim.patches import with_patches
+from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
-from lightning_slim.scores import Evidence, Need, Score, UnitScores
+from lightning_slim.scores import Combined, Evidence, Score, UnitScores
 from lightning_slim.selection import Selection, comparable, plan_for, steepness
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import (
@@ -125,6 +126,8 @@ class Pruner:
             )
         self.model = model
         self.score, self.guard = score, guard
+        fallback = guard.fallback if guard is not None else None
+        self.witnessed = score if fallback is None else Combined([score, fallback])  # all that must be recorded for
         self.budget = budget or MACs(0.5)
         self.schedule = schedule or Cubic()
         self.selection = selection or Selection()
@@ -141,8 +144,8 @@ class Pruner:
         self.given_up: set[str] = set()  # groups that turned out to be impossible to cut
         self.networks: set[str] = set()  # names of the networks that the groups were found in
         self.calls: dict[str, Example] = {}  # the networks, each with one call
-        self.agree: Callable[[Any], Any] = _alone  # several processes: what rank 0 says
-        self.average: Callable[[Tensor], Tensor] = _alone  # several processes: the mean over ranks
+        self.agree: Agree = alone  # several processes: what rank 0 says
+        self.average: Callable[[Tensor], Tensor] = alone  # several processes: the mean over ranks
         self.ranks = 1  # how many processes
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
@@ -168,7 +171,7 @@ class Pruner:
             ValueError: nothing can be removed, or not enough.
         """
         calls = self._workable({"": example_inputs} if networks is None else networks)
-        wish = Wish(self.score, self.granularity, self.module, self.skip, self.verify)
+        wish = Wish(self.witnessed, self.granularity, self.module, self.skip, self.verify)
         groups, self.left_whole = find_candidates(self.model, calls, wish, self.agree)
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
@@ -205,12 +208,6 @@ class Pruner:
         modules = dict(self.model.named_modules())
         stands = all(path in modules for group in self.groups for path in group.layers)
         return stands and self._shapes == _shapes(self.model, self.groups) and self._gone == set(dropped(self.model))
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What must be recorded, for the score and for what takes its place."""
-        fallback = self.guard.fallback if self.guard is not None else None
-        return self.score.needs | (fallback.needs if fallback is not None else frozenset())
 
     @property
     def prepared(self) -> bool:
@@ -371,7 +368,11 @@ class Pruner:
 
     def _steepness(self, scores: Mapping[str, UnitScores]) -> dict[str, Float[Tensor, "units"]]:
         """What units that were chosen greedily add for what they cost, unit by unit."""
-        curves = {name: found.calibration.explained for name, found in scores.items() if found.calibration is not None}
+        curves = {
+            name: found.calibration.explained
+            for name, found in scores.items()
+            if found.calibration is not None and found.log_p is not None  # else a fallback put them in another order
+        }
         widths = self.widths
         whole = self.budget.remaining(self.costs, widths)
         fewer = {name: {**widths, name: widths[name] - 1} for name in curves}
@@ -383,7 +384,7 @@ class Pruner:
 
     def _evidence(self, group: UnitGroup) -> Evidence:
         seed = zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
-        return evidence_of(self.model, group, self.recorder, self.needs, torch.Generator().manual_seed(seed))
+        return evidence_of(self.model, group, self.recorder, self.witnessed.needs, torch.Generator().manual_seed(seed))
 
     def _remember(self, progress: float, step: int, plan: Plan, scores: Mapping[str, UnitScores]) -> PruningEvent:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
@@ -470,15 +471,15 @@ class Pruner:
             )
 
     def _new_recorder(self) -> Recorder:
-        needs = self.needs
+        needs = self.witnessed.needs
         return Recorder(
             self.model,
             self.groups,
-            self.score.lags,
+            self.witnessed.lags,
             moments="moments" in needs or self.compensate != "none",
             effects=[effect for effect in get_args(Effect) if effect in needs],
             gates="gates" in needs,
-            witnesses=self.score.witnesses,
+            witnesses=self.witnessed.witnesses,
             seed=self.seed,
         )
 
@@ -522,11 +523,6 @@ def _rounded_up(figure: float) -> float:
     """To three digits."""
     digit: float = 10.0 ** (math.floor(math.log10(figure)) - 2)
     return math.ceil(figure / digit) * digit
-
-
-def _alone(value: Any) -> Any:
-    """There is one process: everybody agrees, and the mean is the value."""
-    return value
 
 
 def _shapes(model: nn.Module, groups: Iterable[UnitGroup]) -> dict[str, list[int]]:

@@ -23,11 +23,13 @@ from lightning_slim import (
     RandomGates,
     Screening,
     Significant,
+    Taylor,
     Units,
 )
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.scores import Calibration, Evidence, Reading, Score
 from lightning_slim.scores.granger import Exchanged, WithTargets
+from lightning_slim.selection import Selection
 from lightning_slim.statistics import Moments
 
 
@@ -195,6 +197,36 @@ def test_without_a_signal_the_fallback_scores() -> None:
         event = pruner.step(0.5)
     assert event is not None
     assert set(event.removed["0"]) == set(largest.argsort()[:4].tolist())
+
+
+@pytest.mark.parametrize("fallback", [Taylor(), Screening()], ids=str)
+def test_what_a_fallback_needs_is_recorded_too(fallback: Score) -> None:
+    """Gradients, or what the step knows: `Granger` itself needs neither."""
+    network, x = quiet()
+    network[0].weight.data[:, 0] = torch.linspace(-3, 3, 8)
+    y = torch.arange(50) % 2
+    pruner = recorded(network, Granger(0), x, y, guard=Guard(fallback), compensate="none")
+    assert pruner.witnessed.needs_gradients == fallback.needs_gradients
+    F.cross_entropy(network(x), y).backward()
+    pruner.recorder.observe_gradients(network.parameters())
+    assert pruner.recorder.ready
+    with pytest.warns(NoEffectWarning, match=f"{type(fallback).__name__} scores it instead"):
+        event = pruner.step(0.5)
+    assert event is not None
+    assert event.widths == {"0": 4}
+
+
+def test_across_layers_a_fallback_goes_by_its_own_importance() -> None:
+    """The curve of what greedily chosen units explain is in another order than the fallback's."""
+    network, x = quiet()
+    network[0].weight.data[[1, 6]] *= 10.0
+    pruner = recorded(
+        network, Granger(0), x, guard=Guard(Magnitude()), compensate="none", selection=Selection("global")
+    )
+    with pytest.warns(NoEffectWarning, match="Magnitude scores it instead"):
+        scores = pruner._score()
+    assert pruner._steepness(scores) == {}
+    assert {1, 6} <= set(pruner.plan(0.5)["0"].nonzero().flatten().tolist())
 
 
 def test_without_a_signal_and_a_fallback_the_model_stays_whole() -> None:

@@ -26,7 +26,6 @@ ROWS_PER_COLUMN = 4
 MIN_ROWS = 1024
 
 Effect = Literal["saliency", "information", "sensitivity", "ablation"]
-Experiment = Literal["ablation", "gates"]
 
 # What becomes of the effects of a unit's weights, one unit a row, in one step.
 OF_UNITS: dict[Effect, Callable[[Tensor], Tensor]] = {

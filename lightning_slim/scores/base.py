@@ -15,9 +15,7 @@ from lightning_slim.statistics import JointMoments, Moments
 from lightning_slim.witness import Witness
 
 Need = Literal["moments", "made", "scales", "saliency", "information", "sensitivity", "ablation", "gates"]
-EFFECTS: frozenset[Need] = frozenset({"saliency", "information", "sensitivity", "ablation"})
 OF_GRADIENTS: frozenset[Need] = frozenset({"saliency", "information", "sensitivity"})
-OF_EXPERIMENTS: frozenset[Need] = frozenset({"ablation", "gates"})
 
 Reduction = Literal["mean", "max", "sum"]
 
@@ -178,11 +176,6 @@ class Score(ABC):
     def needs_witnesses(self) -> bool:
         """Whether nothing can be said without the witnesses."""
         return bool(self.witnesses)
-
-    @property
-    def needs_experiments(self) -> bool:
-        """Whether some of the evidence comes from trying units out."""
-        return bool(self.needs & OF_EXPERIMENTS)
 
     @property
     def needs_gradients(self) -> bool:
