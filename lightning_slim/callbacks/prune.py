@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.clock import Clock
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
 from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.candidates import Granularity
@@ -96,8 +96,6 @@ class Prune(SlimCallback):
         labels: int | str = 1,
         print_report: bool = True,
     ) -> None:
-        if recovery_epochs <= 0:
-            raise ValueError(f"Expected `recovery_epochs` above 0, got {recovery_epochs}.")
         if record_every_n_steps < 1:
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
@@ -106,6 +104,7 @@ class Prune(SlimCallback):
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
         self.recovery_epochs = recovery_epochs
+        self._clock = Clock(recovery_epochs, "recovery_epochs", "units can be removed")
         self.record_every_n_steps = record_every_n_steps
         self.protect_significant = protect_significant
         self.guard: Guard | None = None
@@ -180,15 +179,7 @@ class Prune(SlimCallback):
         self.pruner.ranks = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = epochs_in_run(trainer)
-        self.pruner.schedule = in_fractions(self.schedule, trainer)
-        last = (math.ceil(run / self.recovery_epochs - 1e-9) - 1) * self.recovery_epochs / run
-        if float(self.pruner.schedule.end) > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"Expected a schedule that ends by {last:.2f} of the run, the last point at which units can be removed "
-                f"({run:g} epochs, cuts {self.recovery_epochs:g} apart), got {self.schedule}: end it earlier, or lower "
-                "`recovery_epochs`."
-            )
+        self.pruner.schedule = self._clock.follow(self.schedule, trainer)
 
     # --- train ---
 
@@ -211,7 +202,7 @@ class Prune(SlimCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.
-        if not self.score.needs_gradients or not self.pruner.prepared:
+        if not self.pruner.witnessed.needs_gradients or not self.pruner.prepared:
             return
         for i in [i for i in self._gradients_due if trainer.optimizers[i] is optimizer]:
             self._gradients_due.remove(i)
@@ -297,12 +288,11 @@ class Prune(SlimCallback):
             )
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        point = math.floor(epochs / self.recovery_epochs + 1e-9)
+        point = self._clock.point(trainer, batch_idx)
         if point <= self._point or not self.pruner.prepared:
             return
         # The point's own time, not the batch's: a cut that had to wait removes what it would have removed then.
-        progress = min(point * self.recovery_epochs / epochs_in_run(trainer), 1.0)
+        progress = self._clock.progress(trainer, point)
         if self.pruner.asks(progress) and not self.pruner.recorder.ready:
             return  # it will be, in a few batches
         event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step)
@@ -356,42 +346,6 @@ class Prune(SlimCallback):
             )
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
-
-
-def epochs_in_run(trainer: Trainer) -> float:
-    """Length of the run in epochs, be it given as `max_epochs` or as `max_steps`.
-
-    Raises:
-        MisconfigurationException: the run, or an epoch, has no end.
-    """
-    batches = trainer.num_training_batches
-    if math.isinf(batches):
-        raise MisconfigurationException(
-            "Expected epochs of a known length, got an iterable data set without one: set `limit_train_batches`."
-        )
-    limits = []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        limits.append(float(trainer.max_epochs))
-    if trainer.max_steps > 0:
-        limits.append(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches))
-    if not limits:
-        raise MisconfigurationException(
-            "Expected a run with an end, got max_epochs=-1 and max_steps=-1: a schedule is a fraction of the run."
-        )
-    return min(limits)
-
-
-def in_fractions(schedule: Schedule, trainer: Trainer) -> Schedule:
-    """A schedule with all times as fractions of the trainer's run.
-
-    Raises:
-        MisconfigurationException: its times are not within the run.
-    """
-    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    try:
-        return schedule.resolve(epochs_in_run(trainer), steps)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
 
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:

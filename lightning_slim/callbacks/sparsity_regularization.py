@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.clock import epochs_in_run, in_fractions
 from lightning_slim.callbacks.companions import undecided
-from lightning_slim.callbacks.prune import epochs_in_run, in_fractions
 from lightning_slim.capture import capture_calls
 from lightning_slim.penalties import Penalty
 from lightning_slim.regularizer import Regularizer, as_proximal

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.clock import Clock
 from lightning_slim.callbacks.companions import copies, reset_monitors
-from lightning_slim.callbacks.prune import epochs_in_run, in_fractions
 from lightning_slim.history import MaskEvent
 from lightning_slim.masker import Masker, sparsity_of
 from lightning_slim.masks import Distribution, Pattern, Regrowth, Uniform, Unstructured, WeightMagnitude, WeightScore
@@ -64,10 +62,9 @@ class WeightPrune(SlimCallback):
         seed: int = 0,
         reset_monitors: bool = True,
     ) -> None:
-        if update_every <= 0:
-            raise ValueError(f"Expected `update_every` above 0, in epochs, got {update_every}.")
         self.sparsity = sparsity_of(pattern, sparsity, distribution)
         self.pattern, self.score, self.distribution, self.schedule = pattern, score, distribution, schedule
+        self._clock = Clock(update_every, "update_every", "masks are updated")
         self.update_every, self.module, self.skip, self.mask_last = update_every, module, skip, mask_last
         self.regrow, self.seed, self.reset_monitors = regrow, seed, reset_monitors
         self._masker: Masker | None = None
@@ -122,15 +119,7 @@ class WeightPrune(SlimCallback):
         self.masker.agree = partial(trainer.strategy.broadcast, src=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = epochs_in_run(trainer)
-        self.masker.schedule = in_fractions(self.schedule, trainer)
-        last = (math.ceil(run / self.update_every - 1e-9) - 1) * self.update_every / run
-        if float(self.masker.schedule.end) > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"Expected a schedule that ends by {last:.2f} of the run, the last point at which masks are updated "
-                f"({run:g} epochs, updates {self.update_every:g} apart), got {self.schedule}: end it earlier, or lower "
-                "`update_every`."
-            )
+        self.masker.schedule = self._clock.follow(self.schedule, trainer)
         if not self._finding:
             self.masker.attach(trainer.optimizers)
             self.masker.apply(pl_module)
@@ -138,11 +127,10 @@ class WeightPrune(SlimCallback):
     # --- train ---
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        point = math.floor(epochs / self.update_every + 1e-9)
+        point = self._clock.point(trainer, batch_idx)
         if point <= self._point or self._finding:
             return
-        progress = min(point * self.update_every / epochs_in_run(trainer), 1.0)
+        progress = self._clock.progress(trainer, point)
         if self.masker.schedule(progress) > 0 and not self.masker.ready:
             return  # it will be, after the next step
         event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
@@ -192,7 +180,7 @@ class WeightPrune(SlimCallback):
         self.masker.detach()
         if trainer.fast_dev_run or not self.masker.prepared:  # type: ignore[attr-defined]
             return
-        if float(self.masker.schedule.end) > self._progress(trainer):
+        if float(self.masker.schedule.end) > self._clock.progress(trainer, self._point) + 1e-9:
             rank_zero_warn(
                 f"Masking is not finished: {self.masker.reached:.1%} of the weights are zero, {self.sparsity:.1%} was "
                 "asked for. The run stopped before the schedule ended.",
@@ -200,10 +188,6 @@ class WeightPrune(SlimCallback):
             )
 
     # --- details ---
-
-    def _progress(self, trainer: Trainer) -> float:
-        """Of the run, at the last update."""
-        return self._point * self.update_every / epochs_in_run(trainer) + 1e-9
 
     def _scalars(self) -> dict[str, float]:
         masks = self.masker.masks.items()
