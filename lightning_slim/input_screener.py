@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_slim.eager import eagerly
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import InputEvidence, Method, choose, test_for
+from lightning_slim.ranks import Agree, alone
 from lightning_slim.surgery import Example, StructureChange, migrate, remove_units, restore
 from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.inputs import InputError, InputUnits, find_entries, find_inputs
@@ -55,8 +56,8 @@ class InputScreener:
         self.evidence: InputEvidence | None = None
         self.event: ScreeningEvent | None = None
         self.last_change: StructureChange | None = None
-        self.agree: Callable[[Any], Any] = lambda value: value  # several processes: what rank 0 says
-        self.reduce: Callable[[Tensor, str], Tensor] = lambda value, _: value  # several processes: their "sum", "max"
+        self.agree: Agree = alone  # several processes: what rank 0 says
+        self.reduce: Callable[[Tensor, str], Tensor] = alone  # several processes: their "sum", "max"
         self._means: dict[str, Tensor] = {}  # layer -> sums of its columns, and at the end the number of rows
 
     # --- look ---

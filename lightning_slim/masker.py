@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from lightning_slim.masks import (
     stacked,
     unstacked,
 )
+from lightning_slim.ranks import Agree, alone
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import StructureChange
-from lightning_slim.units import UnitGroup
+from lightning_slim.units import blocks_gone, positions_gone
 
 
 class Masker:
@@ -93,7 +94,7 @@ class Masker:
         self.masks: dict[str, Bool[Tensor, "..."]] = {}  # weight -> True where it stays; of all that may be masked
         self.last: set[str] = set()  # weights of the last layers
         self.events: list[MaskEvent] = []
-        self.agree: Callable[[Any], Any] = _alone  # several processes: what rank 0 says
+        self.agree: Agree = alone  # several processes: what rank 0 says
         self._sums: dict[str, Float[Tensor, "..."]] = {}  # scores that are streamed
         self._steps = 0  # that were added up there
         self._gradients: dict[str, Float[Tensor, "..."]] = {}  # the last ones, of all entries, to regrow by
@@ -230,7 +231,7 @@ class Masker:
         Args:
             change: the cut, which the model and its optimizers have been through already.
         """
-        gone, dropped = _gone(change.groups, change.plan)
+        gone, dropped = positions_gone(change.groups, change.plan), blocks_gone(change.groups, change.plan)
         stand = {name for name in self.masks if not any(name.startswith(f"{path}.") for path in dropped)}
         cut = {name for name, _ in gone if self._aliases.get(name, name) in stand}
         for held in (self.masks, self._sums, self._gradients):
@@ -362,26 +363,8 @@ def sparsity_of(pattern: Pattern, sparsity: float | None, distribution: Distribu
     return sparsity if sparsity is not None else fixed if fixed is not None else 0.8
 
 
-def _gone(groups: Sequence[UnitGroup], plan: Mapping[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], set[str]]:
-    """(tensor, axis) -> positions that a plan removes, and the blocks that it takes out."""
-    gone: dict[tuple[str, int], Tensor] = {}
-    dropped: set[str] = set()
-    for group in groups:
-        if group.name in plan:
-            keep = plan[group.name].cpu()
-            dropped |= set(group.removed_blocks(keep))
-            for span in group.spans:
-                before = gone.get((span.tensor, span.axis), torch.empty(0, dtype=torch.long))
-                gone[span.tensor, span.axis] = torch.cat([before, span.index[~keep].flatten()])
-    return gone, dropped
-
-
 def _without(tensor: Tensor, axis: int, gone: Tensor) -> Tensor:
     """A tensor without these positions of an axis."""
     stays = torch.ones(tensor.shape[axis], dtype=torch.bool)
     stays[gone] = False
     return tensor.index_select(axis, stays.nonzero().flatten().to(tensor.device))
-
-
-def _alone(value: Any) -> Any:
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.candidates import Wish, find_candidates
 from lightning_slim.penalties import Penalty, Proximal
+from lightning_slim.ranks import Agree, alone
 from lightning_slim.scores import Magnitude
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import StructureChange
@@ -65,7 +66,8 @@ class Regularizer:
         self.wish = Wish(Magnitude(), module=module, skip=tuple(skip), verify=verify)
         self.groups: list[UnitGroup] = []
         self.left_alone: dict[str, str] = {}
-        self.agree: Callable[[Any], Any] = lambda value: value  # several processes: what rank 0 says
+        self.agree: Agree = alone  # several processes: what rank 0 says
+        self._where: dict[str, list[Span]] = {}  # group -> where the entries are that the penalty pulls
         self._start: dict[str, Tensor] = {}  # group -> norms of the units that are there now, as they were then
 
     # --- find ---
@@ -82,7 +84,7 @@ class Regularizer:
         """
         calls = {name: workable(self.model.get_submodule(name), as_example(call)) for name, call in networks.items()}
         found, self.left_alone = find_candidates(self.model, calls, self.wish, self.agree)
-        self.groups = [group for group in found if self._spans(group)]
+        self._pull(found)
         if not self.groups:
             nothing = {group.name: "it passes no normalisation with a scale" for group in found}
             reasons = "; ".join(f"{name}: {why}" for name, why in {**self.left_alone, **nothing}.items())
@@ -107,9 +109,9 @@ class Regularizer:
         """
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         for group in self.groups:
-            spans = self._spans(group)
-            rows = self._rows(spans)
-            for span, piece in zip(spans, self._split(strength * self.penalty.gradient(rows), spans), strict=True):
+            spans, pieces = self._where[group.name], self._pieces(group)
+            gradients = _split(strength * self.penalty.gradient(torch.cat(pieces, 1)), pieces)
+            for span, piece in zip(spans, gradients, strict=True):
                 by_weight = put_columns(torch.zeros_like(weight(self.model, span.tensor)), span, piece)
                 for parameter, gradient in by_stored(self.model, span.tensor, by_weight):
                     if id(parameter) in trained:
@@ -127,12 +129,11 @@ class Regularizer:
         penalty = as_proximal(self.penalty)
         rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
         for group in self.groups:
-            spans = self._spans(group)
-            rows = self._rows(spans)
-            for position, span in enumerate(spans):
-                rate = rates.get(id(stored(self.model, span.tensor)[0]), 0.0)
-                if rate > 0:
-                    factors = self._split(penalty.shrinkage(rows, rate * strength), spans)[position]
+            spans, pieces = self._where[group.name], self._pieces(group)
+            rate_of = [rates.get(id(stored(self.model, span.tensor)[0]), 0.0) for span in spans]
+            for rate in set(rate_of) - {0.0}:
+                shrinkage = _split(penalty.shrinkage(torch.cat(pieces, 1), rate * strength), pieces)
+                for span, factors in ((s, f) for s, f, of in zip(spans, shrinkage, rate_of, strict=True) if of == rate):
                     with editing(self.model, span.tensor) as tensor:
                         tensor.mul_(put_columns(torch.ones_like(tensor), span, factors))
 
@@ -141,12 +142,12 @@ class Regularizer:
     @torch.no_grad()
     def value(self) -> float:
         """The penalty at strength 1, summed over groups."""
-        return sum(float(self.penalty.value(self._rows(self._spans(group)))) for group in self.groups)
+        return sum(float(self.penalty.value(torch.cat(self._pieces(group), 1))) for group in self.groups)
 
     @torch.no_grad()
     def norms(self) -> dict[str, Float[Tensor, "units"]]:
         """Norms of the entries that are pulled: group -> one of each unit."""
-        return {group.name: self._rows(self._spans(group)).norm(dim=1).cpu() for group in self.groups}
+        return {group.name: torch.cat(self._pieces(group), 1).norm(dim=1).cpu() for group in self.groups}
 
     def shrunk(self) -> dict[str, float]:
         """Mean norm of each group's units, relative to what the same units had at the start."""
@@ -163,7 +164,7 @@ class Regularizer:
         """Lets the groups follow a cut of the model, whoever made it."""
         own = {group.name for group in self.groups}
         others = [group for group in change.groups if group.name not in own]
-        self.groups = [group for group in renumber([*self.groups, *others], change.plan) if group.name in own]
+        self._pull(group for group in renumber([*self.groups, *others], change.plan) if group.name in own)
         kept = {name: norms[change.plan[name].cpu()] for name, norms in self._start.items() if name in change.plan}
         self._start = {group.name: {**self._start, **kept}[group.name] for group in self.groups}
 
@@ -173,22 +174,24 @@ class Regularizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; the model must have the shapes that it had then."""
-        self.groups = [from_state(group) for group in state["groups"]]
+        self._pull(from_state(group) for group in state["groups"])
         self._start = {name: norms.cpu() for name, norms in state["start"].items()}
 
     # --- details ---
 
-    def _spans(self, group: UnitGroup) -> list[Span]:
-        """Where the entries are that the penalty pulls."""
+    def _pull(self, groups: Iterable[UnitGroup]) -> None:
+        """From now on the penalty pulls these, as far as there is something to pull."""
         of = self.penalty.of
-        return scale_spans(self.model, group) if of == "scales" else [*weight_spans(self.model, group, ROLES[of])]
+        spans = {
+            group: scale_spans(self.model, group) if of == "scales" else [*weight_spans(self.model, group, ROLES[of])]
+            for group in groups
+        }
+        self.groups = [group for group in spans if spans[group]]
+        self._where = {group.name: spans[group] for group in self.groups}
 
-    def _rows(self, spans: list[Span]) -> Float[Tensor, "units fan"]:
-        return torch.cat([columns(weight(self.model, span.tensor), span) for span in spans], 1)
-
-    def _split(self, rows: Float[Tensor, "units fan"], spans: list[Span]) -> tuple[Tensor, ...]:
-        """What `_rows` concatenates."""
-        return torch.split(rows, [columns(weight(self.model, span.tensor), span).shape[1] for span in spans], 1)
+    def _pieces(self, group: UnitGroup) -> list[Float[Tensor, "units fan"]]:
+        """What is pulled of each tensor, one unit a row."""
+        return [columns(weight(self.model, span.tensor), span) for span in self._where[group.name]]
 
 
 def as_proximal(penalty: Penalty) -> Proximal:
@@ -199,6 +202,11 @@ def as_proximal(penalty: Penalty) -> Proximal:
             "`NormScaleL1()`, or `proximal=False`."
         )
     return penalty
+
+
+def _split(rows: Float[Tensor, "units fan"], pieces: list[Tensor]) -> tuple[Tensor, ...]:
+    """Rows as wide as all pieces beside each other, piece by piece."""
+    return torch.split(rows, [piece.shape[1] for piece in pieces], 1)
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:

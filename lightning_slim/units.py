@@ -217,6 +217,24 @@ def weight_spans(model: nn.Module, group: UnitGroup, role: Role | None) -> Itera
             seen.add(axis)
 
 
+def blocks_gone(groups: Iterable[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> set[str]:
+    """Dotted names of the blocks that a plan takes out."""
+    return {path for group in groups if group.name in plan for path in group.removed_blocks(plan[group.name])}
+
+
+def positions_gone(
+    groups: Iterable[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]
+) -> dict[tuple[str, int], Int[Tensor, "gone"]]:
+    """(tensor, axis) -> the positions along it that a plan removes, rising, each once."""
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for group in groups:
+        for span in group.spans:
+            if group.name in plan:
+                positions = span.index[~plan[group.name].to(span.index.device)].flatten()
+                gone.setdefault((span.tensor, span.axis), []).append(positions)
+    return {place: torch.unique(torch.cat(positions)) for place, positions in gone.items()}
+
+
 def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]]) -> list[UnitGroup]:
     """The groups as they stand after `plan` was cut: gone units left out, positions counted anew.
 
@@ -226,18 +244,10 @@ def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]])
         groups: all groups of a model (a tensor may be shared by several of them).
         plan: group name -> keep mask.
     """
-    blocks = {path for group in groups if group.name in plan for path in group.removed_blocks(plan[group.name])}
+    blocks, missing = blocks_gone(groups, plan), positions_gone(groups, plan)
 
     def stands(name: str) -> bool:
         return not any(name.startswith(f"{path}.") for path in blocks)
-
-    gone: dict[tuple[str, int], list[Tensor]] = {}
-    for group in groups:
-        for span in group.spans:
-            if group.name in plan:
-                positions = span.index[~plan[group.name].to(span.index.device)].flatten()
-                gone.setdefault((span.tensor, span.axis), []).append(positions)
-    missing = {place: torch.unique(torch.cat(positions)) for place, positions in gone.items()}
 
     def shift(span: Span, keep: Tensor | None) -> Span:
         index = span.index if keep is None else span.index[keep.to(span.index.device)]
