@@ -1,5 +1,6 @@
 """Make a network smaller and faster while PyTorch Lightning trains it."""
 
+from lightning_slim.accuracy import AccuracyBudget
 from lightning_slim.budgets import Budget, Bytes, Latency, MACs, Params, Significant, Units
 from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, SparsityRegularization, WeightPrune
 from lightning_slim.checkpoint import load_from_checkpoint
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Ablation",
+    "AccuracyBudget",
     "ActivationFrequency",
     "ActivationMean",
     "ActivationStd",

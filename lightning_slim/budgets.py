@@ -16,11 +16,13 @@ class Budget(ABC):
         fraction: of the original, in (0, 1].
         absolute: instead of the fraction, a figure in the budget's own unit; None goes by the fraction.
         open_ended: whether pruning may end before so little is left.
+        monitored: whether a metric says how much may remain, so that only a callback can prune by it.
     """
 
     fraction: float
     absolute: float | None = None
     open_ended: ClassVar[bool] = False
+    monitored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         kind = type(self).__name__

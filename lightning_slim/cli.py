@@ -12,8 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from lightning_slim.callbacks import Prune
-from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.prune import metrics_of
+from lightning_slim.callbacks.base import SlimCallback, metrics_of
 
 
 class SlimCLI(LightningCLI):

@@ -83,6 +83,7 @@ class Pruner:
             every score as it comes.
         protect_significant: units that are significant stay whatever the budget, with at most this share of them
             being so by chance; None protects none.
+        open_ended: whether pruning may end before the budget is reached.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -111,6 +112,7 @@ class Pruner:
         granularity: Granularity = "units",
         guard: Guard | None = None,
         protect_significant: float | None = None,
+        open_ended: bool = False,
     ) -> None:
         if granularity not in ("units", "layers", "both"):
             raise ValueError(f'Expected `granularity` to be "units", "layers" or "both", got {granularity!r}.')
@@ -118,6 +120,11 @@ class Pruner:
             raise ValueError(f"Expected `compensate` to be one of {get_args(Compensate)}, got {compensate!r}.")
         if protect_significant is not None and not 0 < protect_significant < 1:
             raise ValueError(f"Expected `protect_significant` between 0 and 1, got {protect_significant}.")
+        if budget is not None and budget.monitored:
+            raise ValueError(
+                f"Expected a budget that says how much may remain, got {budget}: it goes by a metric, which only the "
+                "callback `Prune` hears."
+            )
         self.alpha = budget.alpha if isinstance(budget, Significant) else protect_significant
         if self.alpha is not None and not score.tests:
             raise ValueError(
@@ -129,6 +136,7 @@ class Pruner:
         fallback = guard.fallback if guard is not None else None
         self.witnessed = score if fallback is None else Combined([score, fallback])  # all that must be recorded for
         self.budget = budget or MACs(0.5)
+        self.open_ended = open_ended or self.budget.open_ended
         self.schedule = schedule or Cubic()
         self.selection = selection or Selection()
         self.module = module
@@ -255,11 +263,14 @@ class Pruner:
 
     def asks(self, progress: float) -> bool:
         """Whether more is left than is asked for at `progress`."""
-        return self.budget.remaining(self.costs, self.widths) > self.asked(progress) + 1e-12
+        return self._more_than(self.asked(progress))
+
+    def _more_than(self, asked: float) -> bool:
+        return self.budget.remaining(self.costs, self.widths) > asked + 1e-12
 
     def plan(self, progress: float) -> Plan:
         """What would go now: look before you cut."""
-        return self._plan(progress, self._score())
+        return self._plan(self.asked(progress), self._score())
 
     # --- cut ---
 
@@ -270,6 +281,7 @@ class Pruner:
         optimizers: Iterable[Optimizer] = (),
         copies: Iterable[nn.Module] = (),
         global_step: int = 0,
+        asked: float | None = None,
     ) -> PruningEvent | None:
         """Removes what is due at `progress`; the optimizers go along.
 
@@ -280,19 +292,21 @@ class Pruner:
             optimizers: all optimizers that hold parameters of the model.
             copies: other modules of the same structure, such as weight averages, to be folded and cut alike.
             global_step: for the history.
+            asked: fraction of the original budget that is to remain, whatever the schedule says.
 
         Returns:
             What was done; None if nothing was due.
         """
-        if not self.asks(progress):
+        asked = self.asked(progress) if asked is None else asked
+        if not self._more_than(asked):
             return None
         self.recorder.synchronise(self.average, self.agree, self.ranks)
         scores = self._score()
-        plan = self.agree(self._plan(progress, scores))
+        plan = self.agree(self._plan(asked, scores))
         if not plan.removed:
-            if self.schedule(progress) == 1 and not self.budget.open_ended:
+            if self.schedule(progress) == 1 and not self.open_ended:
                 warnings.warn(
-                    f"Nothing was removed at {progress:.0%} of the run, though only {self.asked(progress):.1%} should "
+                    f"Nothing was removed at {progress:.0%} of the run, though only {asked:.1%} should "
                     "remain: every group is as small as `round_to` and its floor allow.",
                     NoEffectWarning,
                     stacklevel=2,
@@ -314,7 +328,7 @@ class Pruner:
             undo.pop_all()
         for model in models:
             forget_blocks(model)
-        return self._remember(progress, global_step, plan, scores)
+        return self._remember(progress, asked, global_step, plan, scores)
 
     def _score(self) -> dict[str, UnitScores]:
         scores = {}
@@ -351,7 +365,7 @@ class Pruner:
         self._without_signal.add(group.name)
         return None if fallback is None else UnitScores(fallback(evidence).importance, None, found.calibration)
 
-    def _plan(self, progress: float, scores: Mapping[str, UnitScores]) -> Plan:
+    def _plan(self, asked: float, scores: Mapping[str, UnitScores]) -> Plan:
         importance = {name: found.importance for name, found in scores.items()}
         across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
         across |= self._steepness(scores) if self.selection.scope == "global" else {}
@@ -363,7 +377,7 @@ class Pruner:
             costs = replace(costs, floors={**costs.floors, **floors})
             above = {name: stay[name] * (1 + importance[name].max()) for name in stay}
             importance = {name: values + above.get(name, 0.0) for name, values in importance.items()}
-        widths = self.selection.fit(self.asked(progress), self.budget, costs, self.widths, across)
+        widths = self.selection.fit(asked, self.budget, costs, self.widths, across)
         return plan_for(widths, importance)
 
     def _steepness(self, scores: Mapping[str, UnitScores]) -> dict[str, Float[Tensor, "units"]]:
@@ -386,7 +400,9 @@ class Pruner:
         seed = zlib.crc32(f"{self.seed}/{len(self.history.events)}/{group.name}".encode())
         return evidence_of(self.model, group, self.recorder, self.witnessed.needs, torch.Generator().manual_seed(seed))
 
-    def _remember(self, progress: float, step: int, plan: Plan, scores: Mapping[str, UnitScores]) -> PruningEvent:
+    def _remember(
+        self, progress: float, asked: float, step: int, plan: Plan, scores: Mapping[str, UnitScores]
+    ) -> PruningEvent:
         removed = {name: self._original_index[name][~keep].tolist() for name, keep in plan.items()}
         self.last_change = StructureChange(self.groups, plan)
         self._original_index.update({name: self._original_index[name][keep] for name, keep in plan.items()})
@@ -399,7 +415,7 @@ class Pruner:
         event = PruningEvent(
             step=step,
             progress=progress,
-            asked=self.asked(progress),
+            asked=asked,
             reached=self.budget.remaining(self.costs, self.widths),
             params=self.costs.params(self.widths),
             macs=self.costs.macs(self.widths),
@@ -454,12 +470,12 @@ class Pruner:
         smallest = self._smallest(costs)
         closest, target = self.budget.remaining(costs, smallest), self.budget.target(costs)
         kind = type(self.budget).__name__
-        if target > 1 and not self.budget.open_ended:
+        if target > 1 and not self.open_ended:
             raise ValueError(
                 f"Expected a budget below what the model has, got {self.budget}: it has "
                 f"{self.budget.whole(costs):,.6g}, so nothing would go."
             )
-        if closest > target and not self.budget.open_ended:
+        if closest > target and not self.open_ended:
             if self.budget.absolute is None:
                 least = f"{kind}({math.ceil(1000 * closest) / 1000})"
             else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_slim.accuracy import AccuracyBudget
 from lightning_slim.budgets import Budget, Params
 from lightning_slim.callbacks import GrangerPrune, Prune, WeightPrune
 from lightning_slim.cli import main
@@ -61,6 +62,7 @@ def test_a_slim_checkpoint_is_tested_from_the_command_line(config: Path, tmp_pat
     assert "test_acc" in capsys.readouterr().out
 
 
+REQUIRED = {AccuracyBudget: {"monitor": "val_acc"}}
 EVERY = [*Score.__subclasses__(), *Schedule.__subclasses__(), *Budget.__subclasses__()]
 
 
@@ -72,13 +74,13 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     parser.add_subclass_arguments(Prune, "callback")
     argument = {Score: "score", Schedule: "schedule", Budget: "budget"}[kind.__mro__[1]]
     arguments = {"score": {"class_path": "lightning_slim.Magnitude"}} | {
-        argument: {"class_path": f"{kind.__module__}.{kind.__name__}"}
+        argument: {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": REQUIRED.get(kind, {})}
     }
     written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})
     parsed = parser.parse_string(written)
     again = parser.parse_string(parser.dump(parsed))
     callback = parser.instantiate_classes(again).callback
-    assert getattr(callback, argument) == kind()
+    assert getattr(callback, argument) == kind(**REQUIRED.get(kind, {}))
 
 
 OF_WEIGHTS = {

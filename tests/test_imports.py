@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "guards": {"scores", "statistics"},
     "costs": {"units"},
     "budgets": {"costs"},
+    "accuracy": {"budgets", "costs"},
     "selection": {"budgets", "costs", "skipping", "units"},
     "patches": {"units"},
     "latency": {"costs", "profile", "surgery", "units", "weight_norm"},
@@ -50,9 +51,9 @@ MAY_IMPORT = {
     },
     "regularizer": {"candidates", "penalties", "ranks", "scores", "skipping", "surgery", "units", "weight_norm"},
     "callbacks": {
-        "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history", "input_evidence",
-        "input_screener", "losses", "masker", "masks", "penalties", "pruner", "recording", "regularizer", "report",
-        "schedules", "scores", "selection", "skipping", "surgery", "weight_norm",
+        "accuracy", "budgets", "candidates", "capture", "checkpoint", "eager", "folding", "guards", "history",
+        "input_evidence", "input_screener", "losses", "masker", "masks", "penalties", "pruner", "recording",
+        "regularizer", "report", "schedules", "scores", "selection", "skipping", "surgery", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip

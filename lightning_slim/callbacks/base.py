@@ -80,3 +80,8 @@ def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> N
                 f"Expected eager modules, got the scripted module {name!r}: its layers cannot be seen. "
                 "Script it after training."
             )
+
+
+def metrics_of(trainer: Trainer) -> dict[str, float]:
+    """The metrics that were logged last, without our own."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("slim/")}

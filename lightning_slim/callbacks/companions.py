@@ -15,9 +15,19 @@ from lightning_slim.surgery import StructureChange
 
 
 def copies(trainer: Trainer) -> list[nn.Module]:
-    """Copies of the module that callbacks keep: SWA, WeightAveraging and its children name it `_average_model`."""
-    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return [a.module if isinstance(a, AveragedModel) else a for a in averages if isinstance(a, nn.Module)]
+    """Copies of the module that callbacks keep."""
+    return [cut_part(average) for average in averages(trainer)]
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """What callbacks keep copies in: SWA, WeightAveraging and its children name it `_average_model`."""
+    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [average for average in found if isinstance(average, nn.Module)]
+
+
+def cut_part(average: nn.Module) -> nn.Module:
+    """The copy of the module in an average."""
+    return average.module if isinstance(average, AveragedModel) else average
 
 
 def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange) -> None:
@@ -29,6 +39,17 @@ def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange) 
         hook = getattr(callback, "on_structure_change", None)
         if hook is not None:
             hook(change)
+
+
+def tell_restored(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Lets everything follow a module that got the structure back that it had before; its optimizers have."""
+    forget_compiled()
+    if is_ddp(trainer.strategy):
+        wrap_again(trainer.strategy, pl_module)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        hook = getattr(callback, "on_structure_restored", None)
+        if hook is not None:
+            hook()
 
 
 def undecided(trainer: Trainer) -> bool:

@@ -20,7 +20,7 @@ class GrangerPrune(Prune):
 
     Args:
         budget: the fraction of the original that may remain in the end; `Significant()` removes until nothing
-            insignificant is left.
+            insignificant is left, `AccuracyBudget(monitor=...)` as long as a metric is kept.
         schedule: how much of the removal is done by which fraction of the run.
         lags: past steps of each unit beside its present; see `Granger`.
         fallback: scores groups in which there is no signal; None leaves them whole.

@@ -14,10 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch.optim import Optimizer
 
+from lightning_slim.accuracy import AccuracyBudget, Trial
 from lightning_slim.budgets import Budget, MACs
-from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.clock import Clock
+from lightning_slim.callbacks.accuracy_guard import AccuracyGuard
+from lightning_slim.callbacks.base import SlimCallback, metrics_of
+from lightning_slim.callbacks.clock import Clock, epochs_in_run, in_fractions
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
+from lightning_slim.callbacks.snapshot import roll_back, take_snapshot
 from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.candidates import Granularity
 from lightning_slim.capture import capture_calls
@@ -43,7 +46,8 @@ class Prune(SlimCallback):
 
     Args:
         score: says how important a unit is.
-        budget: what may remain in the end, of the original or as a figure.
+        budget: what may remain in the end, of the original or as a figure; or `AccuracyBudget`: as little as keeps a
+            metric, of which a schedule says no more than when the first step is taken.
         schedule: how much of the removal is done by which fraction of the run.
         scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
         round_to: widths are rounded up to multiples of this.
@@ -110,6 +114,7 @@ class Prune(SlimCallback):
         self.guard: Guard | None = None
         self.print_report = print_report
         self._pruner: Pruner | None = None
+        self._guarding: AccuracyGuard | None = None
         self._point = -1  # the last point in time at which a cut was decided on
         self._batches = 0
         self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
@@ -130,6 +135,11 @@ class Prune(SlimCallback):
         """All cuts so far."""
         return self.pruner.history
 
+    @property
+    def trials(self) -> list[Trial]:
+        """With `AccuracyBudget`, all steps that were decided on, also those that were rolled back."""
+        return [] if self._guarding is None else self._guarding.search.trials
+
     # --- set up, save, resume ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,10 +153,11 @@ class Prune(SlimCallback):
             self._point, self._batches, self._gradients_due = -1, 0, []
             if stage == "fit" and cut_tensors(pl_module) and not trainer.ckpt_path:
                 rank_zero_warn("The module was cut before: the budget counts from what is there now.")
+            self._guarding = AccuracyGuard(self.budget) if isinstance(self.budget, AccuracyBudget) else None
             self._pruner = Pruner(
                 pl_module,
                 self.score,
-                self.budget,
+                self._counted,
                 self.schedule,
                 selection=self.selection,
                 compensate=self.compensate,
@@ -155,6 +166,7 @@ class Prune(SlimCallback):
                 granularity=self.granularity,
                 guard=self.guard,
                 protect_significant=self.protect_significant,
+                open_ended=self._guarding is not None,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,23 +175,29 @@ class Prune(SlimCallback):
             "batches": self._batches,
             "gradients_due": list(self._gradients_due),
             "pruner": self.pruner.state_dict() if self._pruner is not None else {},
+            "guarding": self._guarding.state_dict() if self._guarding is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._point, self._batches = state_dict["point"], state_dict["batches"]
         self._gradients_due = list(state_dict["gradients_due"])
         self.pruner.load_state_dict(state_dict["pruner"])
+        if self._guarding is not None and state_dict["guarding"] is not None:
+            self._guarding.load_state_dict(state_dict["guarding"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_skip(pl_module, [*self.skip, *([self.module] if self.module else [])])
         self.pruner.skip, self.pruner.module = tuple(self.skip), self.module
-        self.pruner.budget = self.budget
+        self.pruner.budget = self._counted
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
         self.pruner.ranks = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pruner.schedule = self._clock.follow(self.schedule, trainer)
+        if self._guarding is None:
+            self.pruner.schedule = self._clock.follow(self.schedule, trainer)
+        else:
+            self.pruner.schedule = in_fractions(self.schedule, trainer)
 
     # --- train ---
 
@@ -191,7 +209,10 @@ class Prune(SlimCallback):
         self._step.close()
         if undecided(trainer):
             return
-        self._cut_if_due(trainer, pl_module, batch_idx)
+        if self._guarding is None:
+            self._cut_if_due(trainer, pl_module, batch_idx)
+        else:
+            self._search(self._guarding, trainer, pl_module, batch_idx)
         due = self._batches % self.record_every_n_steps == 0
         if not self.pruner.calls or (due and not self.history.events):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
@@ -228,12 +249,22 @@ class Prune(SlimCallback):
         self._step.close()
         self._recalibrating.close()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._guarding is not None and not trainer.sanity_checking:
+            self._guarding.after_validation(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._guarding is not None:
+            self._guarding.after_epoch(trainer)
         if self.pruner.prepared:
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars(trainer)
             pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
             pl_module.log_dict(scalars)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._guarding is not None:
+            self._settle(self._guarding, trainer, pl_module, epoch=trainer.current_epoch, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watching.close()
@@ -243,7 +274,7 @@ class Prune(SlimCallback):
         folder = trainer.log_dir or trainer.default_root_dir  # asked of all ranks: they agree on it
         if self.print_report and trainer.is_global_zero and self.pruner.prepared and self.pruner.calls:
             try:
-                table = self.report(metrics_of(trainer))
+                table = self.report(self._metrics(trainer))
             except Exception as error:  # a report must never fail a run that is over
                 rank_zero_warn(f"The report could not be made: {type(error).__name__}: {error}")
                 return
@@ -251,6 +282,15 @@ class Prune(SlimCallback):
             Console().print(table)
 
     # --- details ---
+
+    @property
+    def _counted(self) -> Budget:
+        """What the pruner counts in."""
+        return self.budget.of if isinstance(self.budget, AccuracyBudget) else self.budget
+
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Of the model as it is: after a run was rolled back, those that were logged last are another's."""
+        return (self._guarding and self._guarding.metrics) or metrics_of(trainer)
 
     def report(self, slim_metrics: dict[str, float], dense_metrics: dict[str, float] | None = None) -> Report:
         """Measures the model as it is now beside the model as it was.
@@ -277,9 +317,15 @@ class Prune(SlimCallback):
     def _warn_if_short(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
             return
-        left = self.budget.remaining(self.pruner.costs, self.pruner.widths)
-        target = self.budget.target(self.pruner.costs)
-        if left > target + 1e-9 and not self.budget.open_ended:
+        budget = self.pruner.budget
+        left, target = budget.remaining(self.pruner.costs, self.pruner.widths), budget.target(self.pruner.costs)
+        if self._guarding is not None and not self.trials:
+            rank_zero_warn(
+                "No step was tried: the run ended before the schedule began, before the metric was logged, or before "
+                "anything was recorded.",
+                category=NoEffectWarning,
+            )
+        if left > target + 1e-9 and not self.pruner.open_ended:
             why = "the run stopped before the schedule ended" if self.pruner.recorder.ready else "nothing was recorded"
             rank_zero_warn(
                 f"Pruning is not finished: {left:.1%} remains, {target:.1%} was asked for. Perhaps "
@@ -295,8 +341,41 @@ class Prune(SlimCallback):
         progress = self._clock.progress(trainer, point)
         if self.pruner.asks(progress) and not self.pruner.recorder.ready:
             return  # it will be, in a few batches
-        event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step)
+        self._cut(trainer, pl_module, progress)
         self._point = point
+
+    def _search(self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        """Decides on the step that is under trial, and takes the next one."""
+        epoch, run = trainer.current_epoch + batch_idx / trainer.num_training_batches, epochs_in_run(trainer)
+        self._settle(guard, trainer, pl_module, epoch)
+        begun = epoch + 1e-9 >= float(self.pruner.schedule.start) * run
+        if begun and guard.free(run - epoch) and self.pruner.prepared and self.pruner.recorder.ready:
+            before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
+            event = self._cut(trainer, pl_module, epoch / run, guard.search.target)
+            guard.begin(trainer, before, None if event is None else event.reached, epoch)
+
+    def _settle(
+        self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule, epoch: float, last: bool = False
+    ) -> None:
+        """Keeps the step under trial, or rolls the run back, if it is time."""
+        verdict, snapshot = guard.decide(trainer, epoch, last)
+        if verdict == "wait":
+            return
+        if verdict == "roll back":
+            self._recalibrating.close()
+            roll_back(trainer, pl_module, self, snapshot)
+            self.pruner.load_state_dict(snapshot["pruner"])
+            self._gradients_due = []
+            if self.reset_monitors:
+                reset_monitors(trainer)
+        rank_zero_info(f"slim: epoch {epoch:g}, {guard.monitor}: {self.trials[-1]}")
+        for logger in trainer.loggers:
+            logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
+
+    def _cut(
+        self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None
+    ) -> PruningEvent | None:
+        event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step, asked)
         if event is not None and self.pruner.last_change is not None:
             if self.recalibrate_bn:
                 self._recalibrating.close()
@@ -307,6 +386,7 @@ class Prune(SlimCallback):
             if self.reset_monitors:
                 reset_monitors(trainer)
             self._log(trainer, event)
+        return event
 
     def _scalars(self, trainer: Trainer) -> dict[str, float]:
         costs, widths = self.pruner.costs, self.pruner.widths
@@ -318,9 +398,10 @@ class Prune(SlimCallback):
             "slim/params_left": params / costs.parameters,
             "slim/macs_left": macs / costs.whole.macs(costs.original),
             "slim/asked": asked,
-            "slim/reached": self.budget.remaining(costs, widths),
+            "slim/reached": self.pruner.budget.remaining(costs, widths),
             **{f"slim/units/{name}": units for name, units in widths.items()},
             **self._calibration(),
+            **({"slim/rolled_back": float(sum(not trial.kept for trial in self.trials))} if self._guarding else {}),
         }
 
     def _calibration(self) -> dict[str, float]:
@@ -346,8 +427,3 @@ class Prune(SlimCallback):
             )
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
-
-
-def metrics_of(trainer: Trainer) -> dict[str, float]:
-    """The metrics that were logged last, without our own."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("slim/")}

@@ -104,6 +104,7 @@ class SparsityRegularization(SlimCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._course = in_fractions(self.schedule, trainer)
+        self._shrinking.close()
         if self.proximal:
             for optimizer in trainer.optimizers:
                 self._shrinking.callback(optimizer.register_step_post_hook(self._shrink).remove)

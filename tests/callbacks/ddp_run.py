@@ -15,7 +15,16 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_slim import Global, Granger, InputScreening, Linear, WeightPrune, WeightSaliency
+from lightning_slim import (
+    AccuracyBudget,
+    Global,
+    Granger,
+    GrangerPrune,
+    InputScreening,
+    Linear,
+    WeightPrune,
+    WeightSaliency,
+)
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
@@ -59,6 +68,10 @@ def main() -> None:
     elif kind == "masks":
         how = {"score": WeightSaliency(), "distribution": Global(), "schedule": Linear(0.0, 4 / 6)}
         model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, **how), loader(64)
+    elif kind == "guard":
+        budget = AccuracyBudget("val_loss", 0.0, "min", step=0.5, patience=1, reference=0.0)  # no step is good enough
+        model, data = Lit(), loader(64)
+        callback = GrangerPrune(budget, Linear(0.0, 0.5), record_every_n_steps=3)
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
@@ -72,7 +85,10 @@ def main() -> None:
         max_epochs=2 if kind == "inputs" else 6,
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
-    fit.fit(model, data, ckpt_path=checkpoint[0] if checkpoint else None)
+    fit.fit(model, data, loader(64) if kind == "guard" else None, ckpt_path=checkpoint[0] if checkpoint else None)
+    if kind == "guard":
+        assert len(callback.trials) == 5
+        return
     events = callback.events if kind == "masks" else [] if kind == "inputs" else callback.history.events
     assert callback.event if kind == "inputs" else len(events) == 2
 

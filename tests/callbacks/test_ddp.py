@@ -79,6 +79,16 @@ def test_ranks_mask_the_same_weights(tmp_path: Path) -> None:
     assert zeros == round(0.75 * entries)
 
 
+def test_ranks_go_back_together(tmp_path: Path) -> None:
+    """Every step is rolled back, and halved; after each, the wrapper is made anew."""
+    first, second = run(tmp_path, "guard", "plain")
+    assert len(first) == len(second) == 24
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    widths = [snapshot["weights"]["net.c1.weight"].shape[0] for snapshot in first]
+    assert widths[0] == 8
+    assert widths[2] < widths[6] <= 8
+
+
 @pytest.mark.slow
 def test_ranks_lose_the_same_blocks(tmp_path: Path) -> None:
     first, second = run(tmp_path / "straight", "blocks", "plain")

@@ -1,0 +1,108 @@
+"""Hears the metric that a search goes by, and holds the run as it was before the step under trial."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_slim.accuracy import AccuracyBudget, AccuracySearch, Verdict
+from lightning_slim.callbacks.base import metrics_of
+
+
+class AccuracyGuard:
+    """What a pruning callback needs for a search: values of a metric, and a way back.
+
+    Args:
+        budget: what is asked for.
+    """
+
+    def __init__(self, budget: AccuracyBudget) -> None:
+        self.monitor = budget.monitor
+        self.search = AccuracySearch(budget)
+        self.snapshot: dict[str, Any] | None = None  # of the last good state, while a step is under trial
+        self.metrics: dict[str, float] = {}  # of the state that a run was rolled back to, until there are new ones
+        self._before: dict[str, float] = {}  # of the state before the step under trial
+        self._validated = False  # whether there was a validation in this epoch
+        self._heard = False  # whether it logged the monitor
+        self._of_training = False  # whether the training step logs it
+
+    def after_validation(self, trainer: Trainer) -> None:
+        """Hears the metrics of a validation."""
+        self._validated = True
+        if not self._of_training and self.monitor in trainer.callback_metrics:
+            self._heard = True
+            self._hear(trainer)
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Hears the metrics of an epoch of training.
+
+        Raises:
+            MisconfigurationException: neither that nor the validation in it logged the monitor.
+        """
+        logged = trainer.callback_metrics
+        if not self._heard and self.monitor in logged:
+            self._of_training = True
+            self._hear(trainer)
+        if self._validated and self.monitor not in logged:
+            raise MisconfigurationException(
+                f"Expected the module to log {self.monitor!r}, which `AccuracyBudget` monitors, got "
+                f"{', '.join(sorted(map(repr, logged))) or 'no metric at all'}: name one of those, or log it in "
+                "`validation_step`."
+            )
+        self._validated = self._heard = False
+
+    def free(self, epochs_left: float) -> bool:
+        """Whether the next step may be taken: no other is under trial, and there is time for this one to recover."""
+        search = self.search
+        idle = search.trying is None and search.reference is not None and not search.over
+        return idle and epochs_left + 1e-9 >= search.budget.patience
+
+    def begin(self, trainer: Trainer, before: dict[str, Any], reached: float | None, epoch: float) -> None:
+        """A step was taken.
+
+        Args:
+            trainer: whose metrics are still those of the model before it.
+            before: the run as it was then.
+            reached: fraction of the original that the step leaves; None if nothing could go.
+            epoch: now.
+        """
+        if reached is None:
+            self.search.over = True
+        else:
+            self.snapshot, self._before = before, self.metrics or metrics_of(trainer)
+            self.search.begin(reached, epoch)
+
+    def decide(self, trainer: Trainer, epoch: float, last: bool) -> tuple[Verdict, dict[str, Any]]:
+        """What becomes of the step under trial, and the run as it was before it."""
+        if self.snapshot is None:
+            return "wait", {}
+        verdict = self.search.verdict(epoch, last)
+        before = self.snapshot
+        if verdict != "wait":
+            self.search.end(verdict, epoch)
+            self.snapshot = None
+        if verdict == "roll back":
+            self.metrics = self._before
+        return verdict, before
+
+    def _hear(self, trainer: Trainer) -> None:
+        self.metrics = {}
+        self.search.observe(float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]), src=0)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search, and the way back."""
+        return {
+            "search": self.search.state_dict(),
+            "snapshot": self.snapshot,
+            "metrics": dict(self.metrics),
+            "before": dict(self._before),
+            "of_training": self._of_training,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.search.load_state_dict(state["search"])
+        self.snapshot, self.metrics, self._before = state["snapshot"], dict(state["metrics"]), dict(state["before"])
+        self._of_training = state["of_training"]

@@ -1,0 +1,282 @@
+"""As much goes as a metric allows: steps that cost too much are rolled back to the bit, and the run goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from lightning_slim import (
+    AccuracyBudget,
+    GrangerPrune,
+    GroupLasso,
+    Linear,
+    Magnitude,
+    NoEffectWarning,
+    OneShot,
+    Prune,
+    SparsityRegularization,
+    Taylor,
+    Units,
+    WeightPrune,
+)
+from lightning_slim.cli import main
+from lightning_slim.surgery import dropped
+from tests.callbacks.runs import Lit, loader, trainer
+from tests.callbacks.test_depth import Deep
+from tests.networks import same, same_optimizer_state
+
+ROOT = Path(__file__).parents[2]
+
+
+class Told(Lit):
+    """Logs a metric whose values are given, epoch by epoch."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("told", self.values[self.current_epoch])
+
+
+class ToldDeep(Told, Deep):
+    """The same, of residual blocks."""
+
+
+class WriteDown(pl.Callback):
+    """All that a run consists of, at the start of every epoch, after the callbacks before this one."""
+
+    def __init__(self, of: Prune) -> None:
+        self.of = of
+        self.states: list[dict[str, Any]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            others = [c for c in trainer.callbacks if isinstance(c, WeightPrune | SparsityRegularization)]
+            averages = [c._average_model for c in trainer.callbacks if hasattr(c, "_average_model")]
+            state = {
+                "weights": pl_module.state_dict(),
+                "averages": [average.state_dict() for average in averages],
+                "optimizer": trainer.optimizers[0].state_dict(),
+                "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+                "pruner": self.of.pruner.state_dict(),
+                "others": [callback.state_dict() for callback in others],
+            }
+            self.states.append(copy.deepcopy(state))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Of plain data with tensors in it, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def guard(prune: type[Prune] = GrangerPrune, **kwargs: Any) -> Prune:
+    budget = AccuracyBudget("told", **{"of": Units(0.1), "step": 0.5, **kwargs.pop("budget", {})})
+    settings = {"schedule": OneShot(0.0), "record_every_n_steps": 5, "print_report": False, **kwargs}
+    return prune(budget=budget, **settings)
+
+
+def fit(folder: Path, callback: Prune, module: Lit, *others: pl.Callback, **kwargs: Any) -> Any:
+    run = trainer(folder, callback, *others, **kwargs)
+    run.fit(module, loader(), loader(), ckpt_path=kwargs.pop("ckpt_path", None))
+    return run
+
+
+def beside(kind: str) -> list[pl.Callback]:
+    schedule = Linear(0.0, 0.5)
+    others: dict[str, list[pl.Callback]] = {
+        "nothing": [],
+        "average": [EMAWeightAveraging(decay=0.9)],
+        "masks": [WeightPrune(0.5, schedule=schedule, update_every=1.0)],
+        "proximal": [SparsityRegularization(GroupLasso(), 1e-3, schedule, proximal=True)],
+    }
+    return others[kind]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "average", "masks", "proximal"])
+def test_a_greedy_step_is_rolled_back_to_the_bit(tmp_path: Path, kind: str) -> None:
+    """At the start of epoch 1 nine of ten units go; two epochs later all is as it was then, and no step follows."""
+    callback = guard(budget={"step": 0.9, "patience": 2, "on_failure": "stop"})
+    first, last = WriteDown(callback), WriteDown(callback)
+    module = Told([0.9, 0.5, 0.5, 0.9, 0.9, 0.9])
+    run = trainer(tmp_path, first, callback, last, *beside(kind))
+    run.fit(module, loader(), loader())
+    assert [(trial.epoch, trial.value, trial.kept) for trial in callback.trials] == [(3.0, 0.5, False)]
+    assert last.states[1]["weights"]["net.c1.weight"].shape[0] < 8
+    assert first.states[3]["weights"]["net.c1.weight"].shape[0] < 8
+    before, after = first.states[1], last.states[3]
+    for part in before:
+        assert equal(before[part], after[part]), part
+    assert module.net.c1.weight.shape[0] == module.net.c1.out_channels == 8
+    assert not same(before["weights"], module.state_dict())  # it trained on
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    assert callback.history.events == []
+
+
+def test_blocks_come_back_with_their_momentum(tmp_path: Path) -> None:
+    settings = {"score": Taylor(), "granularity": "both"}
+    callback = guard(Prune, budget={"step": 0.6, "patience": 1, "on_failure": "stop"}, **settings)
+    first, last = WriteDown(callback), WriteDown(callback)
+    module = ToldDeep([0.9, 0.5, 0.9, 0.9, 0.9, 0.9])
+    run = trainer(tmp_path, first, callback, last)
+    run.fit(module, loader(), loader())
+    assert len(last.states[1]["weights"]) < len(first.states[1]["weights"])
+    for part in first.states[1]:
+        assert equal(first.states[1][part], last.states[2][part]), part
+    assert not dropped(module)
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+
+
+def test_after_a_roll_back_smaller_steps_follow(tmp_path: Path) -> None:
+    callback = guard(budget={"patience": 1})
+    module = Told([0.9, 0.5, 0.9, 0.9, 0.9, 0.9])
+    fit(tmp_path, callback, module)
+    lefts = [trial.left for trial in callback.trials]
+    assert [trial.kept for trial in callback.trials] == [False, True, True, True, True]
+    assert 0.5 >= lefts[0] > 0.4
+    assert lefts[1:] == sorted(lefts[1:], reverse=True)
+    assert 0.75 >= lefts[1] > 0.7
+    assert lefts[-1] == callback.history.events[-1].reached
+    assert [event.reached for event in callback.history.events] == lefts[1:]
+
+
+@pytest.mark.parametrize("granularity", ["units", "both"])
+def test_stop_after_any_epoch_and_resume(tmp_path: Path, granularity: str) -> None:
+    def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, Prune]:
+        settings = {"score": Magnitude(), "granularity": granularity, "recalibrate_bn": False}
+        callback = guard(Prune, budget={"patience": 2, "step": 0.3}, **settings)
+        module = (Told if granularity == "units" else ToldDeep)([0.9, 0.9, 0.5, 0.4, 0.9, 0.5, 0.4])
+        done = trainer(folder, callback, ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), max_epochs=7)
+        done.fit(module, loader(), loader(), ckpt_path=ckpt_path)
+        return module, done, callback
+
+    straight, trained, callback = run(tmp_path / "straight")
+    assert [trial.kept for trial in callback.trials] == [True, False, True, False]
+    for epoch in range(6):
+        resumed, done, again = run(tmp_path / f"resumed{epoch}", tmp_path / "straight" / f"epoch={epoch}.ckpt")
+        assert same(straight.state_dict(), resumed.state_dict()), epoch
+        assert same_optimizer_state(trained.optimizers[0].state_dict(), done.optimizers[0].state_dict())
+        assert again.trials == callback.trials
+        assert again.history.to_json() == callback.history.to_json()
+
+
+def test_what_is_under_trial_when_the_run_ends_is_decided_on(tmp_path: Path) -> None:
+    """Metrics that are reported are those of the model that is there, not of the one that was rolled back."""
+    callback = guard(budget={"patience": 2})
+    module = Told([0.9, 0.8, 0.8])
+    fit(tmp_path, callback, module, max_epochs=3)
+    assert [(trial.epoch, trial.kept) for trial in callback.trials] == [(3.0, False)]
+    assert module.net.c1.weight.shape[0] == 8
+
+
+def test_the_report_names_the_metrics_of_the_model_that_is_there(tmp_path: Path) -> None:
+    callback = guard(budget={"patience": 2}, schedule=OneShot(0.5), print_report=True)
+    module = Told([0.7, 0.9, 0.85, 0.8])
+    fit(tmp_path, callback, module, max_epochs=4)
+    assert [trial.kept for trial in callback.trials] == [False]
+    assert "0.9" in (tmp_path / "report.md").read_text()
+    assert "0.8" not in [cell.strip() for cell in (tmp_path / "report.md").read_text().split("|")]
+
+
+def test_a_metric_of_training_may_be_monitored(tmp_path: Path) -> None:
+    class Train(Lit):
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+    budget = AccuracyBudget("train_loss", max_drop=100.0, mode="min", of=Units(0.1), step=0.3, patience=1)
+    callback = Prune(Magnitude(), budget, OneShot(0.0), record_every_n_steps=2, print_report=False)
+    run = trainer(tmp_path, callback, max_epochs=4)
+    run.fit(Train(), loader(), loader())
+    assert [trial.epoch for trial in callback.trials] == [2.0, 3.0, 4.0]
+    assert all(trial.kept for trial in callback.trials)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    schedule = OneShot("1 epoch")
+    callback = guard(budget={"step": 0.9, "patience": 1, "on_failure": "stop"}, schedule=schedule)
+    module = Told([0.9, 0.5, 0.9, 0.9, 0.9, 0.9])
+    fit(tmp_path, callback, module, precision="bf16-mixed", accumulate_grad_batches=3, val_check_interval=0.5)
+    assert [trial.kept for trial in callback.trials] == [False]
+    assert module.net.c1.weight.shape[0] == 8
+
+
+def test_others_hear_of_a_roll_back(tmp_path: Path) -> None:
+    class Listens(pl.Callback):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def on_structure_change(self, change: Any) -> None:
+            self.heard.append("change")
+
+        def on_structure_restored(self) -> None:
+            self.heard.append("restored")
+
+    callback = guard(budget={"step": 0.5, "patience": 1, "on_failure": "stop"})
+    listens = Listens()
+    fit(tmp_path, callback, Told([0.9, 0.5, 0.9]), listens, max_epochs=3)
+    assert listens.heard == ["change", "restored"]
+
+
+def test_monitors_begin_anew(tmp_path: Path) -> None:
+    """The best of a model that was rolled back is nobody's best."""
+    best = ModelCheckpoint(tmp_path, monitor="told", mode="max")
+    callback = guard(budget={"step": 0.9, "patience": 1, "on_failure": "stop"})
+    fit(tmp_path, callback, Told([0.95, 0.8, 0.7, 0.75, 0.6, 0.6]), best)
+    assert float(best.best_model_score) == pytest.approx(0.75)
+
+
+def test_a_monitor_that_is_never_logged(tmp_path: Path) -> None:
+    callback = Prune(Magnitude(), AccuracyBudget("val_acc"), print_report=False)
+    with pytest.raises(
+        MisconfigurationException, match=r"log 'val_acc', which `AccuracyBudget` monitors, got .*'val_loss'"
+    ):
+        fit(tmp_path, callback, Lit())
+
+
+def test_a_run_that_tries_nothing_says_so(tmp_path: Path) -> None:
+    callback = guard(schedule=OneShot(0.9))
+    with pytest.warns(NoEffectWarning, match="No step was tried"):
+        fit(tmp_path, callback, Told([0.9] * 6))
+    assert callback.trials == []
+
+
+def test_nothing_more_can_go(tmp_path: Path) -> None:
+    callback = guard(Prune, score=Magnitude(), budget={"step": 0.9, "patience": 1})
+    module = Told([0.9] * 6)
+    fit(tmp_path, callback, module)
+    assert module.net.c1.weight.shape[0] == 2
+    assert 1 <= len(callback.trials) <= 3
+
+
+@pytest.mark.slow
+def test_the_demos_network_finds_out_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one point of dense, with less than half of the multiply-accumulates, and no ratio named."""
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((ROOT / "configs" / "digits_accuracy_budget.yaml").read_text())
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "config.yaml")])
+    (path,) = tmp_path.rglob("report.json")
+    dense, slim = (json.loads(path.read_text())[which] for which in ("dense", "slim"))
+    assert slim["metrics"]["test_acc"] >= dense["metrics"]["test_acc"] - 0.01
+    assert slim["macs"] <= 0.5 * dense["macs"]
