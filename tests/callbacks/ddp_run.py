@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_slim import Global, Granger, InputScreening, Linear, WeightPrune, WeightSaliency
+from lightning_slim import Global, Granger, InputScreening, Linear, Sensitivity, Taylor, WeightPrune, WeightSaliency
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
@@ -59,6 +59,8 @@ def main() -> None:
     elif kind == "masks":
         how = {"score": WeightSaliency(), "distribution": Global(), "schedule": Linear(0.0, 4 / 6)}
         model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, **how), loader(64)
+    elif kind == "sensitivity":
+        model, callback, data = Lit(), Sensitivity(1, (0.25, 0.5), Taylor()), loader(64)
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
@@ -69,10 +71,14 @@ def main() -> None:
         ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
         strategy=DDPStrategy(process_group_backend="gloo", **STRATEGIES[strategy]),
         devices=2,
-        max_epochs=2 if kind == "inputs" else 6,
+        max_epochs=2 if kind in ("inputs", "sensitivity") else 6,
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
-    fit.fit(model, data, ckpt_path=checkpoint[0] if checkpoint else None)
+    measured = kind == "sensitivity"
+    fit.fit(model, data, data if measured else None, ckpt_path=checkpoint[0] if checkpoint else None)
+    if measured:
+        (Path(folder) / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
+        return
     events = callback.events if kind == "masks" else [] if kind == "inputs" else callback.history.events
     assert callback.event if kind == "inputs" else len(events) == 2
 
