@@ -29,6 +29,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_inputs.py
 	$(BIN)/python benchmarks/bench_masks.py
 	$(BIN)/python benchmarks/bench_penalties.py
+	$(BIN)/python benchmarks/bench_sensitivity.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/bench_surgery.py
 
 # The constraints are a tested, pinned set: any looser request for torch may pull gigabytes of CUDA libraries.

@@ -2,8 +2,18 @@
 
 from lightning_slim.accuracy import AccuracyBudget
 from lightning_slim.budgets import Budget, Bytes, Latency, MACs, Params, Significant, Units
-from lightning_slim.callbacks import GrangerPrune, InputScreening, Prune, SparsityRegularization, WeightPrune
+from lightning_slim.callbacks import (
+    GrangerPrune,
+    InputScreening,
+    Prune,
+    Sensitivity,
+    SparsityRegularization,
+    WeightPrune,
+    explore,
+    sensitivity,
+)
 from lightning_slim.checkpoint import load_from_checkpoint
+from lightning_slim.explore import Exploration
 from lightning_slim.history import History, MaskEvent, PruningEvent, ScreeningEvent
 from lightning_slim.masker import Masker
 from lightning_slim.masks import (
@@ -59,6 +69,7 @@ from lightning_slim.scores import (
     Taylor,
     Wanda,
 )
+from lightning_slim.sensitivity import SensitivityTable
 from lightning_slim.surgery import find_groups, migrate, remove_units
 from lightning_slim.units import Plan, UnitGroup
 
@@ -82,6 +93,7 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Cubic",
     "Distribution",
     "ErdosRenyiKernel",
+    "Exploration",
     "Exponential",
     "Fisher",
     "GeometricMedian",
@@ -125,6 +137,8 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "Score",
     "Screening",
     "ScreeningEvent",
+    "Sensitivity",
+    "SensitivityTable",
     "Significant",
     "SparsityRegularization",
     "Stepwise",
@@ -138,9 +152,11 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "WeightPrune",
     "WeightSaliency",
     "WeightScore",
+    "explore",
     "find_groups",
     "load_from_checkpoint",
     "migrate",
     "remove_units",
     "report",
+    "sensitivity",
 ]

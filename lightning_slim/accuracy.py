@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.costs import Costs, Widths
+from lightning_slim.monitor import Mode, Monitor
 
 Verdict = Literal["wait", "keep", "roll back"]
 
@@ -47,7 +48,7 @@ class AccuracyBudget(Budget):
 
     monitor: str
     max_drop: float = 0.01
-    mode: Literal["min", "max"] = "max"
+    mode: Mode = "max"
     of: Budget = MACs(0.05)  # noqa: RUF009 (frozen)
     step: float = 0.2
     patience: int = 2
@@ -66,8 +67,7 @@ class AccuracyBudget(Budget):
         return self.of.count(costs, widths)
 
     def __post_init__(self) -> None:
-        if self.mode not in ("min", "max"):
-            raise ValueError(f'Expected `mode` to be "min" or "max", got {self.mode!r}.')
+        Monitor(self.monitor, self.mode)
         if self.on_failure not in ("halve", "stop"):
             raise ValueError(f'Expected `on_failure` to be "halve" or "stop", got {self.on_failure!r}.')
         if not (self.max_drop >= 0 and math.isfinite(self.max_drop)):
@@ -169,15 +169,17 @@ class AccuracySearch:
 
     def _remember(self, value: float) -> None:
         """The best value of a good state."""
-        sign = 1 if self.budget.mode == "max" else -1
-        if self._best is None or sign * value > sign * self._best:
+        if self._best is None or self._turned(value) > self._turned(self._best):
             self._best = value
 
     def _holds(self, value: float) -> bool:
         """Whether a value is within the budget; not if it is NaN."""
         assert self.reference is not None
-        sign = 1 if self.budget.mode == "max" else -1
-        return sign * value >= sign * self.reference - self.budget.max_drop - 1e-12
+        return self._turned(value) >= self._turned(self.reference) - self.budget.max_drop - 1e-12
+
+    def _turned(self, value: float) -> float:
+        """So that more is better."""
+        return Monitor(self.budget.monitor, self.budget.mode).turned(value)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain data."""

@@ -272,6 +272,10 @@ class Pruner:
         """What would go now: look before you cut."""
         return self._plan(self.asked(progress), self._score())
 
+    def importance(self) -> dict[str, Float[Tensor, "units"]]:
+        """Group -> how important each of its units is, by what is known now; of groups that may lose some."""
+        return {name: found.importance for name, found in self._score().items()}
+
     # --- cut ---
 
     @torch.inference_mode(False)

@@ -14,7 +14,14 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-PAGES = ["accuracy_budget", "granger_prune", "input_screening", "sparsity_regularization", "weight_prune"]
+PAGES = [
+    "accuracy_budget",
+    "granger_prune",
+    "input_screening",
+    "sensitivity",
+    "sparsity_regularization",
+    "weight_prune",
+]
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/methods/{name}.md" for name in PAGES)])
@@ -28,7 +35,7 @@ def test_the_python_blocks_of_a_page_run_one_after_the_other(
         exec(compile(block, page, "exec"), names)
     assert blocks(ROOT / page)
     out = capsys.readouterr().out
-    assert any(told in out for told in ("left (", "left, ", "weights are zero"))
+    assert any(told in out for told in ("left (", "left, ", "weights are zero", "drawn structures"))
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:

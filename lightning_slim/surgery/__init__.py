@@ -1,6 +1,6 @@
 """Carries out a plan; knows no score."""
 
-from lightning_slim.surgery.batch_norm import recalibrate_batch_norm, recalibrating
+from lightning_slim.surgery.batch_norm import keeping_statistics, recalibrate_batch_norm, recalibrating
 from lightning_slim.surgery.blocks import drop, dropped, find_blocks, grow_back
 from lightning_slim.surgery.cut import Cut, StructureChange, forget_blocks, remove_units, resize_to, restore
 from lightning_slim.surgery.example import Example
@@ -21,6 +21,7 @@ __all__ = [
     "find_work",
     "forget_blocks",
     "grow_back",
+    "keeping_statistics",
     "migrate",
     "recalibrate_batch_norm",
     "recalibrating",

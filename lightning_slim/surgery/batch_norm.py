@@ -13,13 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_slim.surgery.example import as_example
 
 
+def keeping_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """Batch normalisations whose running statistics follow the batches that pass."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+
+
 @contextmanager
 def recalibrating(model: nn.Module) -> Iterator[None]:
     """Batches that pass within, in training mode, make the running statistics: their plain mean, nothing older.
 
     Only layers that are in training mode and keep running statistics are touched: a frozen one stays as it is.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    layers = keeping_statistics(model)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

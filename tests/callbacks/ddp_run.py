@@ -22,6 +22,8 @@ from lightning_slim import (
     GrangerPrune,
     InputScreening,
     Linear,
+    Sensitivity,
+    Taylor,
     WeightPrune,
     WeightSaliency,
 )
@@ -72,6 +74,8 @@ def main() -> None:
         budget = AccuracyBudget("val_loss", 0.0, "min", step=0.5, patience=1, reference=0.0)  # no step is good enough
         model, data = Lit(), loader(64)
         callback = GrangerPrune(budget, Linear(0.0, 0.5), record_every_n_steps=3)
+    elif kind == "sensitivity":
+        model, callback, data = Lit(), Sensitivity(1, (0.25, 0.5), Taylor()), loader(64)
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
@@ -82,12 +86,16 @@ def main() -> None:
         ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
         strategy=DDPStrategy(process_group_backend="gloo", **STRATEGIES[strategy]),
         devices=2,
-        max_epochs=2 if kind == "inputs" else 6,
+        max_epochs=2 if kind in ("inputs", "sensitivity") else 6,
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
-    fit.fit(model, data, loader(64) if kind == "guard" else None, ckpt_path=checkpoint[0] if checkpoint else None)
+    validated = kind in ("guard", "sensitivity")
+    fit.fit(model, data, data if validated else None, ckpt_path=checkpoint[0] if checkpoint else None)
     if kind == "guard":
         assert len(callback.trials) == 5
+    if kind == "sensitivity":
+        (Path(folder) / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
+    if validated:
         return
     events = callback.events if kind == "masks" else [] if kind == "inputs" else callback.history.events
     assert callback.event if kind == "inputs" else len(events) == 2

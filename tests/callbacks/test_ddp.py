@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from sklearn.feature_selection import f_classif
 from statsmodels.stats.multitest import multipletests
 
+from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import digits
 from tests.networks import same
 
@@ -113,3 +115,15 @@ def test_ranks_choose_the_inputs_by_the_evidence_of_all(tmp_path: Path) -> None:
     for name, stays, value in rows:
         assert stays.strip() == ("yes" if rejected[int(name)] else "no")
         assert float(value) == pytest.approx(adjusted[int(name)], rel=6e-3)
+
+
+def test_ranks_measure_the_same_sensitivity_and_train_on(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "sensitivity", "plain")
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    tables = [json.loads((tmp_path / f"table{rank}.json").read_text()) for rank in range(2)]
+    assert tables[0] == tables[1]
+    # each rank validates on its half of the data, and the mean of both is that of all
+    module = Lit()
+    module.load_state_dict(torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"])
+    (expected,) = trainer(tmp_path).validate(module, loader(64), verbose=False)
+    assert tables[0]["whole"]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
