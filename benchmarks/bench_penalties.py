@@ -25,6 +25,7 @@ from tasks import Data, digits, fashion_mnist
 from torch import Tensor, nn
 
 from lightning_slim import GroupLasso, Linear, MACs, Magnitude, OneShot, Pruner, Regularizer
+from lightning_slim.selection import Scope, Selection
 
 BATCH, RATE = 64, 0.05
 
@@ -81,7 +82,9 @@ def accuracy(network: nn.Module, data: Data) -> float:
     return 100 * float(torch.cat(right).float().mean())
 
 
-def run(make: Callable[[], nn.Module], data: Data, strength: float, left: float, epochs: int, seed: int) -> list[float]:
+def run(
+    make: Callable[[], nn.Module], data: Data, strength: float, left: float, epochs: int, scope: Scope, seed: int
+) -> list[float]:
     """Accuracies: dense, as cut, fine-tuned; and the share of the multiply-accumulates that is left."""
     torch.manual_seed(seed)
     network = make()
@@ -96,7 +99,8 @@ def run(make: Callable[[], nn.Module], data: Data, strength: float, left: float,
     train(network, data, epochs, RATE, penalise)
     dense = accuracy(network, data)
     budget, schedule = MACs(left), OneShot(0.0)
-    pruner = Pruner(network, Magnitude(), budget, schedule, compensate="none", verify=False)
+    settings = {"selection": Selection(scope), "compensate": "none", "verify": False}
+    pruner = Pruner(network, Magnitude(), budget, schedule, **settings)
     pruner.prepare(data.x[:2])
     pruner.step(0.0)
     reached = budget.remaining(pruner.costs, pruner.widths)
@@ -113,6 +117,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--left", type=float, default=0.3, help="share of the multiply-accumulates that stays")
+    parser.add_argument("--scope", choices=["local", "global"], default="local")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1e-4, 5e-4])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,14 +131,13 @@ def main() -> None:
             "fashion",
         )
     began, plain = time.perf_counter(), []
-    print(
-        f"{what}, {len(data.x)} images, {arguments.epochs} epochs, {arguments.seeds} seeds, {arguments.left:.0%} asked"
-    )
+    settings = f"{arguments.epochs} epochs, {arguments.seeds} seeds, {arguments.left:.0%} asked, {arguments.scope}"
+    print(f"{what}, {len(data.x)} images, {settings}")
     print("| strength | dense | as cut | fine-tuned | MACs left | fine-tuned, against none, each seed |")
     print("|---|---|---|---|---|---|")
     for strength in [0.0, *arguments.strengths]:
         seeds = range(arguments.seeds)
-        results = [run(make, data, strength, arguments.left, arguments.epochs, seed) for seed in seeds]
+        results = [run(make, data, strength, arguments.left, arguments.epochs, arguments.scope, seed) for seed in seeds]
         plain = plain or results
         means = " | ".join(f"{statistics.mean(column):.1f}" for column in zip(*results, strict=True))
         paired = ", ".join(f"{ours[2] - theirs[2]:+.2f}" for ours, theirs in zip(results, plain, strict=True))
