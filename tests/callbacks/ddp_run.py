@@ -15,11 +15,14 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_slim import Global, Granger, InputScreening, Linear, WeightPrune, WeightSaliency
+from lightning_slim import Global, Granger, GraSP, InputScreening, Linear, WeightPrune, WeightSaliency
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
+from tests.callbacks.test_end import cut as end_cut
 from tests.callbacks.test_resume import prune
+from tests.callbacks.test_start import cut
+from tests.callbacks.test_start import masked as start_masked
 
 STRATEGIES = {
     "plain": {},
@@ -59,6 +62,12 @@ def main() -> None:
     elif kind == "masks":
         how = {"score": WeightSaliency(), "distribution": Global(), "schedule": Linear(0.0, 4 / 6)}
         model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, **how), loader(64)
+    elif kind == "start":
+        model, callback, data = Lit(), cut(GraSP(), compensate="least_squares", rounds=2), loader(64)
+    elif kind == "start masks":
+        model, callback, data = Lit(), start_masked(probe_batches=1), loader(64)
+    elif kind == "end":
+        model, callback, data = Lit(), end_cut(schedule=Linear(0.0, 2 / 3)), loader(64)
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
@@ -73,8 +82,8 @@ def main() -> None:
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
     fit.fit(model, data, ckpt_path=checkpoint[0] if checkpoint else None)
-    events = callback.events if kind == "masks" else [] if kind == "inputs" else callback.history.events
-    assert callback.event if kind == "inputs" else len(events) == 2
+    events = callback.events if "masks" in kind else [] if kind == "inputs" else callback.history.events
+    assert callback.event if kind == "inputs" else len(events) == (1 if kind == "start masks" else 2)
 
 
 if __name__ == "__main__":
