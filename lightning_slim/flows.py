@@ -105,7 +105,7 @@ class GradientFlow(Flow):
 
 @dataclass(frozen=True)
 class SynapticFlow(Flow):
-    """How much flows through each weight, `|weight * dR/d|weight||` over the sum of these; needs no data.
+    """How much flows through each weight, `|weight| * dR/d|weight|` over the sum of these; needs no data.
 
     R is the sum of what the network makes of an input of ones, in eval mode, with the absolute value of every
     parameter and buffer in its place (Tanaka et al., 2020). In a network of linear layers without biases, convolutions
@@ -132,7 +132,7 @@ class SynapticFlow(Flow):
                 "needs outputs before a softmax, of a network through which ones come; norms that take a mean away, as "
                 "LayerNorm does, may stop them."
             )
-        yield {p: (p.detach().sign() * g.abs() / total).to(p.dtype) for p, g in zip(trained, found, strict=True)}
+        yield {p: (p.detach().sign() * g / total).to(p.dtype) for p, g in zip(trained, found, strict=True)}
 
 
 def whole_gradients(value: Tensor, model: nn.Module, average: Callable[[Tensor], Tensor]) -> Gradients:

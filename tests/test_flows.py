@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -9,8 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_slim import Global, Masker, OneShot, WeightGraSP, WeightSaliency, WeightSynFlow
+from lightning_slim import (
+    Global,
+    Masker,
+    OneShot,
+    Pruner,
+    SynFlow,
+    Units,
+    WeightGraSP,
+    WeightSaliency,
+    WeightSynFlow,
+)
 from lightning_slim.flows import Flow, GradientFlow, LossGradient, SynapticFlow
 from lightning_slim.surgery.example import as_example
 from tests.networks import Mixed, images
@@ -70,11 +82,32 @@ def test_synaptic_flow_leaves_everything_as_it_was() -> None:
     net.b1.eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     (found,) = effects(SynapticFlow(), net, images(0)[0])
-    assert sum(float(scores.sum()) for scores in found.values()) == pytest.approx(1, rel=1e-5)
+    assert sum(float(scores.abs().sum()) for scores in found.values()) == pytest.approx(1, rel=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert (net.training, net.b1.training) == (True, False)
     assert torch.get_default_dtype() == torch.float32
     assert all(p.grad is None for p in net.parameters())
+
+
+def importance(net: nn.Module, x: Tensor) -> Tensor:
+    """What `SynFlow` makes of the hidden units."""
+    pruner = Pruner(net, SynFlow(), Units(0.5), OneShot(0.0), compensate="none")
+    pruner.prepare(x)
+    (gradients,) = SynapticFlow()(net, [], pruner.calls, lambda mean: mean)
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    pruner.recorder.observe_flow()
+    pruner.step(0.0)
+    return torch.tensor(pruner.history.events[0].importance["0"])
+
+
+def test_units_are_scored_alike_under_weight_norm() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    twin = copy.deepcopy(net)
+    weight_norm(twin[0])
+    plain, normed = importance(net, torch.randn(2, 3)), importance(twin, torch.randn(2, 3))
+    torch.testing.assert_close(normed / normed.sum(), plain / plain.sum())
 
 
 def test_recurrent_layers_and_embeddings_have_a_synaptic_flow() -> None:

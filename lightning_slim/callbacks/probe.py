@@ -26,6 +26,7 @@ from lightning_slim.recording import Recorder
 from lightning_slim.scores import Score
 from lightning_slim.surgery import Example
 from lightning_slim.surgery.example import workable
+from lightning_slim.weight_norm import settle
 
 
 class Probe:
@@ -77,6 +78,7 @@ class Probe:
             for gradients in (flow or LossGradient())(self.module, losses, calls, self.average):
                 with self._held(gradients):
                     yield
+        settle(self.module)  # weights that were computed of others' absolute values
 
     def record(self, recorder: Recorder, watch: StepWatch, score: Score, calls: dict[str, Example]) -> None:
         """Lets a recorder look on as it does while the network trains.

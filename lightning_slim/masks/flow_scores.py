@@ -23,7 +23,7 @@ class WeightSynFlow(WeightScore):
     flow: ClassVar[Flow | None] = SynapticFlow()
 
     def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return weight * gradient
+        return (weight * gradient).abs()
 
 
 @dataclass(frozen=True)

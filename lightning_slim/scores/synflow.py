@@ -21,4 +21,4 @@ class SynFlow(Score):
     flow: ClassVar[Flow | None] = SynapticFlow()
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        return UnitScores(evidence.effects["flow"].double().cpu())
+        return UnitScores(evidence.effects["flow"].double().abs().cpu())

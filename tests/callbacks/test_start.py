@@ -259,6 +259,16 @@ def test_fast_dev_run(tmp_path: Path, make: Any) -> None:
     assert len(callback.history.events if isinstance(callback, Prune) else callback.events) == 1
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("make", [lambda: cut(), lambda: cut(GraSP()), lambda: masked(WeightSynFlow(), rounds=2)])
+def test_other_precisions(tmp_path: Path, make: Any, precision: Any) -> None:
+    callback = make()
+    trainer(tmp_path, callback, max_epochs=1, precision=precision).fit(Lit(), loader())
+    assert callback._point == 0
+    left = callback.pruner.widths["net.c1"] / 8 if isinstance(callback, Prune) else 2 * (1 - callback.masker.reached)
+    assert left == pytest.approx(0.5, abs=1e-3)
+
+
 def test_persistent_workers_go_on(tmp_path: Path) -> None:
     """A second pass over a loader with persistent workers would start their one iterator anew."""
     data = DataLoader(TensorDataset(*images(7, 32)), 8, num_workers=1, persistent_workers=True)
