@@ -14,7 +14,7 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-PAGES = ["granger_prune", "input_screening", "sparsity_regularization", "weight_prune"]
+PAGES = ["before_and_after", "granger_prune", "input_screening", "sparsity_regularization", "weight_prune"]
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/methods/{name}.md" for name in PAGES)])

@@ -132,7 +132,7 @@ def _first_batches(trainer: Trainer, module: LightningModule, count: int) -> Ite
     generators = [getattr(holder, "generator", None) for holder in holders]
     states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
     combined = CombinedLoader(loaders, trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
-    for batch, _, _ in islice(combined, min(count, int(trainer.num_training_batches))):
+    for batch, _, _ in islice(combined, int(min(count, trainer.num_training_batches))):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -189,7 +189,7 @@ class Prune(SlimCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._point, self._batches = state_dict["point"], state_dict["batches"]
-        self._gradients_due, self._tuning.rates = list(state_dict["gradients_due"]), state_dict["rates"]
+        self._gradients_due, self._tuning.rates = list(state_dict["gradients_due"]), state_dict.get("rates", [])
         self.pruner.load_state_dict(state_dict["pruner"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

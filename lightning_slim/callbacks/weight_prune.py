@@ -132,7 +132,7 @@ class WeightPrune(SlimCallback):
         return {"point": self._point, "rates": self._tuning.rates, "masker": masker}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._point, self._tuning.rates = state_dict["point"], state_dict["rates"]
+        self._point, self._tuning.rates = state_dict["point"], state_dict.get("rates", [])
         self._finding = not state_dict["masker"]
         if not self._finding:
             self.masker.load_state_dict(state_dict["masker"])
@@ -203,7 +203,7 @@ class WeightPrune(SlimCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tuning.close()
         self.masker.detach()
-        if trainer.fast_dev_run or not self.masker.prepared:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not self.masker.prepared or self.when == "start":  # type: ignore[attr-defined]
             return
         if float(self.masker.schedule.end) > self._clock.progress(trainer, self._point) + 1e-9:
             rank_zero_warn(

@@ -278,6 +278,19 @@ def test_persistent_workers_go_on(tmp_path: Path) -> None:
     assert same(plain.state_dict(), probed.state_dict())
 
 
+@pytest.mark.parametrize("make", [cut, masked])
+def test_data_of_unknown_length(tmp_path: Path, make: Any) -> None:
+    """Nothing here is a fraction of the run."""
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(zip(*images(7, 32), strict=True))
+
+    callback = make()
+    trainer(tmp_path, callback, max_epochs=-1, max_steps=6).fit(Lit(), DataLoader(Endless(), 8))
+    assert callback._point == 0
+
+
 def test_several_loaders_hooks_and_a_step_without_index(tmp_path: Path) -> None:
     class Two(Lit):
         def training_step(self, batch: dict[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
