@@ -28,6 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_statistics.py
 	$(BIN)/python benchmarks/bench_inputs.py
 	$(BIN)/python benchmarks/bench_masks.py
+	$(BIN)/python benchmarks/bench_start.py
 	$(BIN)/python benchmarks/bench_penalties.py
 	$(BIN)/python benchmarks/bench_sensitivity.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/bench_surgery.py

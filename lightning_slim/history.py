@@ -14,7 +14,7 @@ class PruningEvent:
 
     Attributes:
         step: optimizer steps taken before it.
-        progress: fraction of the run that was done.
+        progress: fraction of the run that was done; of several rounds before training, of these.
         asked: fraction of the original budget that was to remain.
         reached: fraction of the original budget that remains.
         params: parameters left.
@@ -92,7 +92,7 @@ class MaskEvent:
 
     Attributes:
         step: optimizer steps taken before it.
-        progress: fraction of the run that was done.
+        progress: fraction of the run that was done; of several rounds before training, of these.
         asked: fraction of the weights that was to be zero.
         reached: fraction that is.
         zeros: weight -> how many of its entries are zero.

@@ -257,6 +257,10 @@ class Pruner:
         """Every forward pass of the model within is recorded, as one step."""
         return self.recorder.recording()
 
+    def record_anew(self) -> None:
+        """Forgets all that was recorded."""
+        self._recorder = self._new_recorder()
+
     def asked(self, progress: float) -> float:
         """Fraction of the original budget that is to remain at `progress`."""
         return 1 - (1 - self.budget.target(self.costs)) * self.schedule(progress)

@@ -14,6 +14,27 @@ TIMES = ("at", "start", "end")
 _COUNTED = re.compile(r"(\d+(?:\.\d+)?) (epoch|step)s?")
 
 
+def check_time(time: Time, where: str = "") -> None:
+    """Raises unless it is a fraction or a number of epochs or steps."""
+    if isinstance(time, str) and _COUNTED.fullmatch(time) is None:
+        raise ValueError(
+            f'Expected a fraction of the run, "3 epochs" or "500 steps", got {time!r}{where}: '
+            "write a number, a space and `epochs` or `steps`."
+        )
+
+
+def fraction_of(time: Time, epochs: float, steps_per_epoch: int) -> float:
+    """A time as a fraction of a run.
+
+    >>> fraction_of("2 epochs", epochs=10, steps_per_epoch=100), fraction_of("500 steps", 10, 100)
+    (0.2, 0.5)
+    """
+    if not isinstance(time, str):
+        return time
+    number, unit = time.split(" ")
+    return float(number) / (epochs if unit.startswith("epoch") else epochs * steps_per_epoch)
+
+
 class Schedule(ABC):
     """When how much goes. 0 before it starts, 1 from its end on, never falling.
 
@@ -27,11 +48,7 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         for time in (self.start, self.end):
-            if isinstance(time, str) and _COUNTED.fullmatch(time) is None:
-                raise ValueError(
-                    f'Expected a fraction of the run, "3 epochs" or "500 steps", got {time!r} in {self}: '
-                    "write a number, a space and `epochs` or `steps`."
-                )
+            check_time(time, f" in {self}")
         times = [time for time in (0.0, self.start, self.end, 1.0) if not isinstance(time, str)]
         if not all(a <= b for a, b in pairwise(times)):
             raise ValueError(
@@ -64,21 +81,24 @@ class Schedule(ABC):
         Raises:
             ValueError: a time is after the end of the run, or the start is after the end.
         """
-
-        def fraction(time: Time) -> float:
-            if not isinstance(time, str):
-                return time
-            number, unit = time.split(" ")
-            return float(number) / (epochs if unit.startswith("epoch") else epochs * steps_per_epoch)
-
         own = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
-        times = {name: fraction(time) for name, time in own.items() if name in TIMES}
+        times = {name: fraction_of(time, epochs, steps_per_epoch) for name, time in own.items() if name in TIMES}
         try:
             return replace(self, **times)  # type: ignore[type-var]
         except ValueError as error:
             raise ValueError(
                 f"Expected times within a run of {epochs:g} epochs of {steps_per_epoch} steps, got {self}: {error}"
             ) from error
+
+    def within(self, start: float) -> Schedule:
+        """The schedule, of which all times are fractions of the run, squeezed into the part of it after `start`.
+
+        >>> Linear(0.0, 0.5).within(0.5)
+        Linear(start=0.5, end=0.75)
+        """
+        own = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        times = {name: min(start + (1 - start) * time, 1.0) for name, time in own.items() if name in TIMES}
+        return replace(self, **times)  # type: ignore[type-var]
 
     @abstractmethod
     def shape(self, t: float) -> float:
@@ -259,3 +279,22 @@ class Annealing(Schedule):
 
     def shape(self, t: float) -> float:
         return 1 - (1 - t) / (1 + self.mu * t)
+
+
+def in_rounds(remaining: float, rounds: int) -> list[tuple[Schedule, float]]:
+    """Where each of several rounds leaves the same fraction of what the one before left (Tanaka et al., 2020).
+
+    >>> [round(1 - 0.75 * schedule(progress), 3) for schedule, progress in in_rounds(remaining=0.25, rounds=2)]
+    [0.5, 0.25]
+
+    Args:
+        remaining: what is left after the last, as a fraction.
+        rounds: how many there are.
+
+    Returns:
+        For each round, a schedule and the progress in it.
+    """
+    if rounds == 1 or not 0 < remaining < 1:
+        return [(OneShot(0.0), 0.0)]
+    course = Exponential(0.0, 1.0, rate=-math.log(remaining))
+    return [(course, (number + 1) / rounds) for number in range(rounds)]

@@ -73,7 +73,8 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Prune, "callback")
     argument = {Score: "score", Schedule: "schedule", Budget: "budget"}[kind.__mro__[1]]
-    arguments = {"score": {"class_path": "lightning_slim.Magnitude"}} | {
+    when = "start" if argument == "score" else "during"
+    arguments = {"score": {"class_path": "lightning_slim.Magnitude"}, "when": when} | {
         argument: {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": REQUIRED.get(kind, {})}
     }
     written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})
@@ -99,7 +100,7 @@ def test_every_choice_of_masks_goes_through_yaml(kind: type) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(WeightPrune, "callback")
     argument = OF_WEIGHTS[kind.__mro__[1]]
-    arguments = {argument: {"class_path": f"{kind.__module__}.{kind.__name__}"}}
+    arguments = {argument: {"class_path": f"{kind.__module__}.{kind.__name__}"}, "when": "start"}
     written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.WeightPrune", "init_args": arguments}})
     again = parser.parse_string(parser.dump(parser.parse_string(written)))
     callback = parser.instantiate_classes(again).callback
@@ -128,6 +129,34 @@ def test_times_go_through_yaml(end: float | str) -> None:
     written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})
     again = parser.parse_string(parser.dump(parser.parse_string(written)))
     assert parser.instantiate_classes(again).callback.schedule == Linear(end=end)
+
+
+@pytest.mark.parametrize("name", ["Prune", "WeightPrune"])
+@pytest.mark.parametrize("finetune", [0.2, "3 epochs", "500 steps"])
+def test_phases_of_a_run_go_through_yaml(name: str, finetune: float | str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    kind = {"Prune": Prune, "WeightPrune": WeightPrune}[name]
+    parser.add_subclass_arguments(kind, "callback")
+    arguments = {"when": "end", "finetune": finetune, "finetune_lr": 0.5, "rounds": 7, "probe_batches": 3}
+    arguments |= {"score": {"class_path": "lightning_slim.Magnitude"}} if kind is Prune else {}
+    written = yaml.safe_dump({"callback": {"class_path": f"lightning_slim.{name}", "init_args": arguments}})
+    callback = parser.instantiate_classes(parser.parse_string(parser.dump(parser.parse_string(written)))).callback
+    assert (callback.when, callback.rounds, callback.probe_batches) == ("end", 7, 3)
+    assert (callback._tuning.length, callback._tuning.factor) == (finetune, 0.5)
+
+
+def test_pruning_before_training_from_the_command_line(config: Path, tmp_path: Path) -> None:
+    demo = yaml.safe_load(config.read_text())
+    score = {"class_path": "lightning_slim.GraSP", "init_args": {"temperature": 100.0}}
+    callback = {"score": score, "when": "start", "scope": "global", "compensate": "none"}
+    demo["trainer"]["callbacks"] = [{"class_path": "lightning_slim.Prune", "init_args": callback}]
+    config.write_text(yaml.safe_dump(demo))
+    main(["fit", "--config", str(config), "--baseline", "false"])
+    (path,) = (tmp_path / "logs").rglob("report.json")
+    report = json.loads(path.read_text())
+    assert 0.4 * report["dense"]["macs"] < report["slim"]["macs"] <= 0.5 * report["dense"]["macs"]
 
 
 def test_figures_and_bounds_go_through_yaml() -> None:

@@ -14,17 +14,10 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-PAGES = [
-    "accuracy_budget",
-    "granger_prune",
-    "input_screening",
-    "sensitivity",
-    "sparsity_regularization",
-    "weight_prune",
-]
+PAGES = sorted(path.name for path in (ROOT / "docs" / "methods").glob("*.md") if blocks(path))
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/methods/{name}.md" for name in PAGES)])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/methods/{name}" for name in PAGES)])
 def test_the_python_blocks_of_a_page_run_one_after_the_other(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

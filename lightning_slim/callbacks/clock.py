@@ -13,45 +13,59 @@ from lightning_slim.schedules import Schedule
 
 @dataclass(frozen=True)
 class Clock:
-    """Points in time, counted from the start of a run.
+    """Points in time, counted from the start of a run, or of its last part.
 
     Attributes:
         every: epochs between two points, fractions allowed.
         argument: the name by which a user sets that.
         what: is done at each point.
+        origin: epochs before the first point.
     """
 
     every: float
     argument: str
     what: str
+    origin: float = 0.0
 
     def __post_init__(self) -> None:
         if self.every <= 0:
             raise ValueError(f"Expected `{self.argument}` above 0, got {self.every}.")
 
     def point(self, trainer: Trainer, batch_idx: int) -> int:
-        """The last point that has come, when a batch begins."""
-        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        return math.floor(epochs / self.every + 1e-9)
+        """The last point that has come, when a batch begins; negative before the first."""
+        return math.floor((epochs_done(trainer, batch_idx) - self.origin) / self.every + 1e-9)
 
     def progress(self, trainer: Trainer, point: int) -> float:
         """Fraction of the run that is done at a point."""
-        return min(point * self.every / epochs_in_run(trainer), 1.0)
+        return min((self.origin + point * self.every) / epochs_in_run(trainer), 1.0)
 
-    def follow(self, schedule: Schedule, trainer: Trainer) -> Schedule:
-        """A schedule with all times as fractions of the trainer's run.
+    def follow(self, schedule: Schedule, trainer: Trainer, to_its_end: bool = True) -> Schedule:
+        """A schedule with all times as fractions of the trainer's run; it was one of the part after the origin.
+
+        Args:
+            schedule: of the part after the origin.
+            trainer: of the run.
+            to_its_end: whether it must end by the last point.
 
         Raises:
             MisconfigurationException: it does not end by the last point.
         """
-        resolved, run = in_fractions(schedule, trainer), epochs_in_run(trainer)
-        last = (math.ceil(run / self.every - 1e-9) - 1) * self.every / run
-        if float(resolved.end) > last + 1e-9 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        resolved, run = in_fractions(schedule, trainer, self.origin), epochs_in_run(trainer)
+        part = run - self.origin
+        last = (math.ceil(part / self.every - 1e-9) - 1) * self.every / part
+        late = to_its_end and float(resolved.end) > last + 1e-9
+        if late and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
-                f"Expected a schedule that ends by {last:.2f} of the run, the last point at which {self.what} "
-                f"({run:g} epochs, {self.every:g} apart), got {schedule}: end it earlier, or lower `{self.argument}`."
+                f"Expected a schedule that ends by {last:.2f} of the {'fine-tuning' if self.origin else 'run'}, the "
+                f"last point at which {self.what} ({part:g} epochs, {self.every:g} apart), got {schedule}: end it "
+                f"earlier, or lower `{self.argument}`."
             )
-        return resolved
+        return resolved.within(self.origin / run) if self.origin else resolved
+
+
+def epochs_done(trainer: Trainer, batch_idx: int) -> float:
+    """Epochs that are over, when a batch begins."""
+    return trainer.current_epoch + batch_idx / trainer.num_training_batches
 
 
 def epochs_in_run(trainer: Trainer) -> float:
@@ -77,14 +91,18 @@ def epochs_in_run(trainer: Trainer) -> float:
     return min(limits)
 
 
-def in_fractions(schedule: Schedule, trainer: Trainer) -> Schedule:
-    """A schedule with all times as fractions of the trainer's run.
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Steps of the optimizer in an epoch."""
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def in_fractions(schedule: Schedule, trainer: Trainer, origin: float = 0.0) -> Schedule:
+    """A schedule with all times as fractions of the trainer's run, or of what is left of it after some epochs.
 
     Raises:
         MisconfigurationException: its times are not within the run.
     """
-    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     try:
-        return schedule.resolve(epochs_in_run(trainer), steps)
+        return schedule.resolve(epochs_in_run(trainer) - origin, steps_per_epoch(trainer))
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ from lightning_slim.accuracy import AccuracyBudget, Trial
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.accuracy_guard import AccuracyGuard
 from lightning_slim.callbacks.base import SlimCallback, metrics_of
-from lightning_slim.callbacks.clock import Clock, epochs_in_run, in_fractions
+from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
+from lightning_slim.callbacks.phases import FineTuning, When, check_when
+from lightning_slim.callbacks.probe import Probe
 from lightning_slim.callbacks.snapshot import roll_back, take_snapshot
 from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.candidates import Granularity
@@ -30,7 +33,7 @@ from lightning_slim.guards import Guard
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
-from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.scores import Score
 from lightning_slim.selection import Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
@@ -75,6 +78,15 @@ class Prune(SlimCallback):
         keep_at_most: the same, for what may stay at most, from the first cut on.
         labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
+        when: `"during"` training, on the schedule; at the `"start"`, before the first step of the optimizer, all of it
+            by the evidence of the first batches; or at the `"end"`, in a phase of fine-tuning into which the schedule
+            is squeezed.
+        probe_batches: at the start, how many batches to gather evidence of.
+        rounds: at the start, in how many rounds units go, each of which leaves the same fraction of what was left, with
+            evidence gathered anew; None: 100 for `SynFlow`, one for other scores.
+        finetune: how long the phase at the end is: a fraction of the run, `"3 epochs"` or `"500 steps"`.
+        finetune_lr: in that phase, every step is taken at this factor of the base rate (`max_lr` of a parameter group,
+            else `initial_lr`, else its rate when the run began), whatever schedulers say.
     """
 
     def __init__(
@@ -99,7 +111,15 @@ class Prune(SlimCallback):
         keep_at_most: Mapping[str, float] | None = None,
         labels: int | str = 1,
         print_report: bool = True,
+        when: When = "during",
+        probe_batches: int = 8,
+        rounds: int | None = None,
+        finetune: Time = 0.3,
+        finetune_lr: float = 0.1,
     ) -> None:
+        check_when(when, score, score.flow, probe_batches, rounds)
+        if budget.monitored and when == "start":
+            raise ValueError(f"Expected a run in which steps can be tried, got {budget} at the start: prune during it.")
         if record_every_n_steps < 1:
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
@@ -113,6 +133,8 @@ class Prune(SlimCallback):
         self.protect_significant = protect_significant
         self.guard: Guard | None = None
         self.print_report = print_report
+        self.when, self.probe_batches, self.rounds = when, probe_batches, rounds
+        self._tuning = FineTuning(finetune, finetune_lr)
         self._pruner: Pruner | None = None
         self._guarding: AccuracyGuard | None = None
         self._point = -1  # the last point in time at which a cut was decided on
@@ -148,6 +170,7 @@ class Prune(SlimCallback):
             raise MisconfigurationException(
                 "Expected one pruning callback, got several: each would cut the other's units."
             )
+        self._tuning.rates = []
         old = self._pruner
         if old is None or old.model is not pl_module or not old.prepared or not old.in_step:
             self._point, self._batches, self._gradients_due = -1, 0, []
@@ -174,13 +197,14 @@ class Prune(SlimCallback):
             "point": self._point,
             "batches": self._batches,
             "gradients_due": list(self._gradients_due),
+            "rates": self._tuning.rates,
             "pruner": self.pruner.state_dict() if self._pruner is not None else {},
             "guarding": self._guarding.state_dict() if self._guarding is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._point, self._batches = state_dict["point"], state_dict["batches"]
-        self._gradients_due = list(state_dict["gradients_due"])
+        self._gradients_due, self._tuning.rates = list(state_dict["gradients_due"]), state_dict.get("rates", [])
         self.pruner.load_state_dict(state_dict["pruner"])
         if self._guarding is not None and state_dict["guarding"] is not None:
             self._guarding.load_state_dict(state_dict["guarding"])
@@ -194,10 +218,14 @@ class Prune(SlimCallback):
         self.pruner.ranks = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._guarding is None:
-            self.pruner.schedule = self._clock.follow(self.schedule, trainer)
-        else:
-            self.pruner.schedule = in_fractions(self.schedule, trainer)
+        if self.when == "end":
+            self._clock = replace(self._clock, origin=self._tuning.attach(trainer))
+        searches = self._guarding is not None
+        self.pruner.schedule = (
+            OneShot(0.0)
+            if self.when == "start"
+            else self._clock.follow(self.schedule, trainer, to_its_end=not searches)
+        )
 
     # --- train ---
 
@@ -209,14 +237,18 @@ class Prune(SlimCallback):
         self._step.close()
         if undecided(trainer):
             return
-        if self._guarding is None:
-            self._cut_if_due(trainer, pl_module, batch_idx)
-        else:
+        self._tuning.follow(trainer, batch_idx)
+        if self.when == "start":
+            self._cut_at_start(trainer, pl_module)
+        elif self._guarding is not None:
             self._search(self._guarding, trainer, pl_module, batch_idx)
-        due = self._batches % self.record_every_n_steps == 0
+        else:
+            self._cut_if_due(trainer, pl_module, batch_idx)
+        records = self.when != "start"
+        due = records and self._batches % self.record_every_n_steps == 0
         if not self.pruner.calls or (due and not self.history.events):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
-        if self.pruner.prepared and (due or not self.pruner.recorder.ready):
+        if records and self.pruner.prepared and (due or not self.pruner.recorder.ready):
             self._step.begin(self.pruner.recorder, trainer, pl_module, batch, batch_idx)
             self._gradients_due = list(range(len(trainer.optimizers)))
         self._batches += 1
@@ -245,6 +277,7 @@ class Prune(SlimCallback):
             self.pruner.meet(calls)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._tuning.close()
         self._watching.close()
         self._step.close()
         self._recalibrating.close()
@@ -260,13 +293,14 @@ class Prune(SlimCallback):
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars(trainer)
             pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
-            pl_module.log_dict(scalars)
+            pl_module.log_dict({**scalars, **self._tuning.scalars})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None:
             self._settle(self._guarding, trainer, pl_module, epoch=trainer.current_epoch, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tuning.close()
         self._watching.close()
         self._step.close()
         self._recalibrating.close()
@@ -344,9 +378,24 @@ class Prune(SlimCallback):
         self._cut(trainer, pl_module, progress)
         self._point = point
 
+    def _cut_at_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._point >= 0:
+            return
+        probe, flow = Probe(trainer, pl_module, self.probe_batches), self.pruner.witnessed.flow
+        if not self.pruner.prepared:
+            self.pruner.prepare(networks=probe.calls())
+            self._announce()
+        rounds = self.rounds or (1 if flow is None else flow.rounds)
+        for schedule, progress in in_rounds(self.budget.target(self.pruner.costs), rounds):
+            self.pruner.schedule = schedule
+            self.pruner.record_anew()
+            probe.record(self.pruner.recorder, self._step, self.pruner.witnessed, self.pruner.calls)
+            self._cut(trainer, pl_module, progress)
+        self.pruner.schedule, self._point = OneShot(0.0), 0
+
     def _search(self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         """Decides on the step that is under trial, and takes the next one."""
-        epoch, run = trainer.current_epoch + batch_idx / trainer.num_training_batches, epochs_in_run(trainer)
+        epoch, run = epochs_done(trainer, batch_idx), epochs_in_run(trainer)
         self._settle(guard, trainer, pl_module, epoch)
         begun = epoch + 1e-9 >= float(self.pruner.schedule.start) * run
         if begun and guard.free(run - epoch) and self.pruner.prepared and self.pruner.recorder.ready:
@@ -377,7 +426,7 @@ class Prune(SlimCallback):
     ) -> PruningEvent | None:
         event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step, asked)
         if event is not None and self.pruner.last_change is not None:
-            if self.recalibrate_bn:
+            if self.recalibrate_bn and self.when != "start":  # no batch norm has measured anything by then
                 self._recalibrating.close()
                 self._recalibrating.enter_context(recalibrating(pl_module))
             remember_cut(pl_module, self.pruner.cut_tensors)

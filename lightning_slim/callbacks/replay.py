@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -23,29 +25,52 @@ def replay(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     Raises:
         MisconfigurationException: a module that steps its optimizers itself.
     """
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            "Expected automatic optimization, got a module that steps its optimizers itself: its training step cannot "
-            "be tried out. Choose a score without experiments, such as `Granger()` or `Taylor()`."
-        )
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    with _unlogged(module), torch.random.fork_rng(devices=devices), trainer.precision_plugin.train_step_context():
+    refuse_manual(module, "Choose a score without experiments, such as `Granger()` or `Taylor()`.")
+    with unseen(module), trainer.precision_plugin.train_step_context():
         with HearLosses() as heard:
-            step = module.training_step(batch, batch_idx)
-        losses: Tensor = heard.of_items(step["loss"] if isinstance(step, dict) else step)
+            loss = loss_of(module, batch, batch_idx)
+        losses: Tensor = heard.of_items(loss)
     return losses
 
 
+def refuse_manual(module: LightningModule, remedy: str) -> None:
+    """Raises if the module steps its optimizers itself."""
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "Expected automatic optimization, got a module that steps its optimizers itself: its training step cannot "
+            f"be tried out. {remedy}"
+        )
+
+
+def loss_of(module: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """What the training step returns as its loss."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    step = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+    return step["loss"] if isinstance(step, dict) else step
+
+
 @contextmanager
-def _unlogged(module: LightningModule) -> Iterator[None]:
-    """What is logged goes nowhere, and metrics are put back."""
+def unseen(module: LightningModule) -> Iterator[None]:
+    """What is logged goes nowhere; metrics, buffers, random numbers and what the module collects are put back."""
     metrics = {metric: copy.copy(metric.__dict__) for metric in module.modules() if isinstance(metric, Metric)}
     states = {metric: metric._copy_state_dict() for metric in metrics}
+    # Other tensors lie in for the buffers: a graph may hold these, so that they must not be written to afterwards.
+    buffers = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    own |= {name: copy.copy(value) for name, value in own.items() if isinstance(value, list | dict | set)}
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    for owner, name, buffer in buffers:
+        owner._buffers[name] = buffer.clone()
     try:
-        yield
+        with isolate_rng(include_cuda=False), torch.random.fork_rng(devices=devices):
+            yield
     finally:
-        del module.log, module.log_dict
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer
+        for name in [name for name in vars(module) if not name.startswith("_")]:
+            del module.__dict__[name]
+        module.__dict__.update(own)
         for metric, attributes in metrics.items():
             metric.__dict__.update(attributes)
             for name, value in states[metric].items():

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.clock import epochs_in_run, in_fractions
+from lightning_slim.callbacks.clock import epochs_done, epochs_in_run, in_fractions
 from lightning_slim.callbacks.companions import undecided
 from lightning_slim.capture import capture_calls
 from lightning_slim.penalties import Penalty
@@ -119,7 +119,7 @@ class SparsityRegularization(SlimCallback):
         self._watching.close()  # a module that returns -1 from this hook skips the end of the batch
         if not self.regularizer.prepared and not undecided(trainer):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
-        progress = (trainer.current_epoch + batch_idx / trainer.num_training_batches) / epochs_in_run(trainer)
+        progress = epochs_done(trainer, batch_idx) / epochs_in_run(trainer)
         self._now = self.strength * self._course(min(progress, 1.0))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch.optim import Optimizer
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.clock import Clock
 from lightning_slim.callbacks.companions import copies, reset_monitors
+from lightning_slim.callbacks.phases import FineTuning, When, check_when
+from lightning_slim.callbacks.probe import Probe
 from lightning_slim.history import MaskEvent
 from lightning_slim.masker import Masker, sparsity_of
 from lightning_slim.masks import Distribution, Pattern, Regrowth, Uniform, Unstructured, WeightMagnitude, WeightScore
 from lightning_slim.pruner import NoEffectWarning
-from lightning_slim.schedules import Cubic, Schedule
+from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.skipping import Skip
 from lightning_slim.surgery import StructureChange
 
@@ -45,6 +48,14 @@ class WeightPrune(SlimCallback):
         seed: of what comes back by chance.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each update: what was best before was
             best of a denser model. Files of the old best stay on disk.
+        when: `"during"` training, on the schedule; at the `"start"`, before the first step of the optimizer, all of it
+            by the first batches; or at the `"end"`, in a phase of fine-tuning into which the schedule is squeezed.
+        probe_batches: at the start, how many batches to score by.
+        rounds: at the start, in how many rounds weights go, each of which leaves the same fraction of what was left,
+            scored anew; None: 100 for `WeightSynFlow`, one for other scores.
+        finetune: how long the phase at the end is: a fraction of the run, `"3 epochs"` or `"500 steps"`.
+        finetune_lr: in that phase, every step is taken at this factor of the base rate (`max_lr` of a parameter group,
+            else `initial_lr`, else its rate when the run began), whatever schedulers say.
     """
 
     def __init__(
@@ -61,12 +72,22 @@ class WeightPrune(SlimCallback):
         regrow: Regrowth | None = None,
         seed: int = 0,
         reset_monitors: bool = True,
+        when: When = "during",
+        probe_batches: int = 8,
+        rounds: int | None = None,
+        finetune: Time = 0.3,
+        finetune_lr: float = 0.1,
     ) -> None:
+        check_when(when, score, score.flow, probe_batches, rounds)
+        if regrow is not None and score.flow is not None:
+            raise ValueError(f"Expected a score that goes on while the network trains beside {regrow}, got {score}.")
         self.sparsity = sparsity_of(pattern, sparsity, distribution)
         self.pattern, self.score, self.distribution, self.schedule = pattern, score, distribution, schedule
         self._clock = Clock(update_every, "update_every", "masks are updated")
         self.update_every, self.module, self.skip, self.mask_last = update_every, module, skip, mask_last
         self.regrow, self.seed, self.reset_monitors = regrow, seed, reset_monitors
+        self.when, self.probe_batches, self.rounds = when, probe_batches, rounds
+        self._tuning = FineTuning(finetune, finetune_lr)
         self._masker: Masker | None = None
         self._point = -1  # the last point in time at which an update was decided on
         self._finding = True  # what is last, in the first batch
@@ -88,6 +109,7 @@ class WeightPrune(SlimCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._tuning.rates = []
         old = self._masker
         if old is None or old.model is not pl_module or not old.in_step:
             self._point, self._finding, self._copies_behind = -1, True, False
@@ -107,10 +129,10 @@ class WeightPrune(SlimCallback):
 
     def state_dict(self) -> dict[str, Any]:
         masker = self._masker.state_dict() if self._masker is not None and not self._finding else {}
-        return {"point": self._point, "masker": masker}
+        return {"point": self._point, "rates": self._tuning.rates, "masker": masker}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._point = state_dict["point"]
+        self._point, self._tuning.rates = state_dict["point"], state_dict.get("rates", [])
         self._finding = not state_dict["masker"]
         if not self._finding:
             self.masker.load_state_dict(state_dict["masker"])
@@ -119,7 +141,9 @@ class WeightPrune(SlimCallback):
         self.masker.agree = partial(trainer.strategy.broadcast, src=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.masker.schedule = self._clock.follow(self.schedule, trainer)
+        if self.when == "end":
+            self._clock = replace(self._clock, origin=self._tuning.attach(trainer))
+        self.masker.schedule = OneShot(0.0) if self.when == "start" else self._clock.follow(self.schedule, trainer)
         if not self._finding:
             self.masker.attach(trainer.optimizers)
             self.masker.apply(pl_module)
@@ -127,20 +151,19 @@ class WeightPrune(SlimCallback):
     # --- train ---
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.when == "start":
+            self._mask_at_start(trainer, pl_module)
+            if self.regrow is None:
+                return
+        self._tuning.follow(trainer, batch_idx)
         point = self._clock.point(trainer, batch_idx)
         if point <= self._point or self._finding:
             return
         progress = self._clock.progress(trainer, point)
         if self.masker.schedule(progress) > 0 and not self.masker.ready:
             return  # it will be, after the next step
-        event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
+        self._update(trainer, progress)
         self._point = point
-        if event is not None:
-            if self.reset_monitors:
-                reset_monitors(trainer)
-            rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
-            for logger in trainer.loggers:
-                logger.log_metrics(self._scalars(), step=trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._finding:  # each of several losses has its own last layers
@@ -148,7 +171,7 @@ class WeightPrune(SlimCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.
-        if not self._finding:
+        if not self._finding and (self.when != "start" or self.regrow is not None):
             self.masker.observe(optimizer)
 
     def on_train_batch_end(
@@ -171,14 +194,16 @@ class WeightPrune(SlimCallback):
         if self.masker.prepared:
             scalars = self._scalars()
             pl_module.log("slim/sparsity", scalars.pop("slim/sparsity"), prog_bar=True)
-            pl_module.log_dict(scalars)
+            pl_module.log_dict({**scalars, **self._tuning.scalars})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._tuning.close()
         self.masker.detach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tuning.close()
         self.masker.detach()
-        if trainer.fast_dev_run or not self.masker.prepared:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not self.masker.prepared or self.when == "start":  # type: ignore[attr-defined]
             return
         if float(self.masker.schedule.end) > self._clock.progress(trainer, self._point) + 1e-9:
             rank_zero_warn(
@@ -188,6 +213,31 @@ class WeightPrune(SlimCallback):
             )
 
     # --- details ---
+
+    def _mask_at_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._point >= 0:
+            return
+        probe = Probe(trainer, pl_module, self.probe_batches)
+        calls = probe.calls()
+        self.masker.prepare(probe.loss(0))
+        rounds = self.rounds or (1 if self.score.flow is None else self.score.flow.rounds)
+        for schedule, progress in in_rounds(1 - self.sparsity, rounds):
+            self.masker.schedule = schedule
+            for _ in probe.gradients(self.score.flow, calls) if self.score.streamed else ():
+                for optimizer in trainer.optimizers:
+                    self.masker.observe(optimizer)
+            self._update(trainer, progress)
+        self.masker.schedule, self._point, self._finding = OneShot(0.0), 0, False
+        self.masker.attach(trainer.optimizers)
+
+    def _update(self, trainer: Trainer, progress: float) -> None:
+        event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
+        if event is not None:
+            if self.reset_monitors:
+                reset_monitors(trainer)
+            rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
+            for logger in trainer.loggers:
+                logger.log_metrics(self._scalars(), step=trainer.global_step)
 
     def _scalars(self) -> dict[str, float]:
         masks = self.masker.masks.items()

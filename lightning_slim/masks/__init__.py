@@ -1,6 +1,7 @@
 """Zeros in weights: patterns, scores of single weights, and how zeros are shared out among layers."""
 
 from lightning_slim.masks.distributions import Distribution, ErdosRenyiKernel, Global, Layer, Uniform
+from lightning_slim.masks.flow_scores import WeightGraSP, WeightSynFlow
 from lightning_slim.masks.last_layers import find_last
 from lightning_slim.masks.patterns import NM, Block, Pattern, Unstructured
 from lightning_slim.masks.regrowth import SET, Regrowth, RigL
@@ -20,9 +21,11 @@ __all__ = [
     "RigL",
     "Uniform",
     "Unstructured",
+    "WeightGraSP",
     "WeightMagnitude",
     "WeightSaliency",
     "WeightScore",
+    "WeightSynFlow",
     "find_last",
     "find_weights",
     "stacked",

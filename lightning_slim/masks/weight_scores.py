@@ -9,11 +9,14 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.flows import Flow
+
 
 class WeightScore(ABC):
-    """A frozen dataclass that scores the entries of a weight; the least go first. Never negative."""
+    """A frozen dataclass that scores the entries of a weight; the least go first. They may be negative."""
 
     streamed: ClassVar[bool] = False  # whether it is the mean over steps, at each of which there is a gradient
+    flow: ClassVar[Flow | None] = None  # what that gradient is before training, if it is not that of the loss
 
     @abstractmethod
     def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -25,7 +25,7 @@ from lightning_slim.witness import Gathered, Known, Witness
 ROWS_PER_COLUMN = 4
 MIN_ROWS = 1024
 
-Effect = Literal["saliency", "information", "sensitivity", "ablation"]
+Effect = Literal["saliency", "information", "sensitivity", "ablation", "flow"]
 
 # What becomes of the effects of a unit's weights, one unit a row, in one step.
 OF_UNITS: dict[Effect, Callable[[Tensor], Tensor]] = {
@@ -53,8 +53,8 @@ class Recorder:
         lags: past steps beside the present, where units arrive as series.
         moments: whether to stream moments.
         effects: which effects on the loss to stream: `"saliency"`, the squared first-order effect of each unit,
-            `"information"` and `"sensitivity"`, the sums of the squared and of the absolute effects of its weights, or
-            `"ablation"`, what the loss is more without the unit.
+            `"information"` and `"sensitivity"`, the sums of the squared and of the absolute effects of its weights,
+            `"ablation"`, what the loss is more without the unit, or `"flow"`; see `observe_flow`.
         gates: whether to gate units at random; see `experiment`.
         witnesses: what else looks on where units arrive.
         memory: how much of the past still counts one recorded step later: the weights move, old evidence fades.
@@ -97,6 +97,11 @@ class Recorder:
     def experiments(self) -> bool:
         """Whether `experiment` has something to find out."""
         return self.wants_gates or "ablation" in self.effects
+
+    @property
+    def attends(self) -> bool:
+        """Whether training steps tell it anything that is wanted."""
+        return self.wants_moments or bool(self.gathered) or self.wants_gates or any(e != "flow" for e in self.effects)
 
     @property
     def ready(self) -> bool:
@@ -238,9 +243,16 @@ class Recorder:
         for group in self.groups:
             if mine is not None and not any(id(p) in mine for p in parameters_of(self.model, group)):
                 continue
-            effects = rows(self.model, group).float() * gradients(self.model, group).float()
+            effects = self._of_weights(group)
             for name in of_gradients:
                 self._observe(name, group.name, OF_UNITS[name](effects))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe_flow(self) -> None:
+        """Adds the sum of `weight * gradient` over every unit's weights; call it when gradients are those of a flow."""
+        for group in self.groups:
+            self._observe("flow", group.name, self._of_weights(group).sum(1))
 
     def synchronise(self, average: Callable[[Tensor], Tensor], agree: Callable[[Any], Any], ranks: int = 1) -> None:
         """Lets every rank know what all of them recorded: sums become their mean over ranks, its share of them.
@@ -312,6 +324,10 @@ class Recorder:
             for of_groups in self.effects.values():
                 if name in of_groups:
                     of_groups[name] = of_groups[name][mask.to(of_groups[name].device)]
+
+    def _of_weights(self, group: UnitGroup) -> Float[Tensor, "units fan"]:
+        """First-order effects of the weights that make the units."""
+        return rows(self.model, group).float() * gradients(self.model, group).float()
 
     def _add(self, held: _Held, known: Any) -> None:
         at_readers = self.gathered[held.witness][held.group]

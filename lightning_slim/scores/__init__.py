@@ -11,12 +11,14 @@ from lightning_slim.scores.combined import Combined
 from lightning_slim.scores.fisher import Fisher
 from lightning_slim.scores.geometric_median import GeometricMedian
 from lightning_slim.scores.granger import Granger
+from lightning_slim.scores.grasp import GraSP
 from lightning_slim.scores.lamp import Lamp
 from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
 from lightning_slim.scores.random import Random
 from lightning_slim.scores.random_gates import RandomGates
 from lightning_slim.scores.screening import Screening
+from lightning_slim.scores.synflow import SynFlow
 from lightning_slim.scores.taylor import Taylor
 from lightning_slim.scores.wanda import Wanda
 
@@ -32,6 +34,7 @@ __all__ = [
     "Evidence",
     "Fisher",
     "GeometricMedian",
+    "GraSP",
     "Granger",
     "Lamp",
     "Magnitude",
@@ -42,6 +45,7 @@ __all__ = [
     "Reading",
     "Score",
     "Screening",
+    "SynFlow",
     "Taylor",
     "UnitScores",
     "Wanda",

@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.flows import Flow
 from lightning_slim.statistics import JointMoments, Moments
 from lightning_slim.witness import Witness
 
-Need = Literal["moments", "made", "scales", "saliency", "information", "sensitivity", "ablation", "gates"]
+Need = Literal["moments", "made", "scales", "saliency", "information", "sensitivity", "ablation", "gates", "flow"]
 OF_GRADIENTS: frozenset[Need] = frozenset({"saliency", "information", "sensitivity"})
 
 Reduction = Literal["mean", "max", "sum"]
@@ -79,7 +80,8 @@ class Evidence:
         effects: what of the loss depends on each unit, mean over recorded steps, for those that a score needs:
             `"saliency"`, `(sum of weight * gradient over the unit's entries) ** 2`; `"information"`, the sum of their
             `(weight * gradient) ** 2`; `"sensitivity"`, of their `|weight * gradient|`; `"ablation"`, how much larger
-            the loss was without the unit.
+            the loss was without the unit; `"flow"`, the sum of their `weight * gradient`, with a flow (see `Flow`) for
+            the gradient.
         gates: which units were gated, item by item, and how much larger its loss was then; None unless a score needs
             `"gates"`.
         made: those of `weights` that make or carry the units, and not those that read them; None for whole blocks, and
@@ -138,7 +140,7 @@ class Calibration(NamedTuple):
 
 
 class UnitScores(NamedTuple):
-    """One importance per unit: finite, not negative, high stays.
+    """One importance per unit: finite, high stays; not negative, but for scores that are `absolute`.
 
     Attributes:
         importance: of each unit.
@@ -160,12 +162,14 @@ class Score(ABC):
         absolute: whether importances of several groups compare as they are; if not, they are compared relative to the
             mean of their group.
         tests: whether `log_p` comes with the importance.
+        flow: of scores that are taken before training: what stands in for the gradient of the loss.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     lags: int = 0
     absolute: ClassVar[bool] = False
     tests: ClassVar[bool] = False
+    flow: ClassVar[Flow | None] = None
 
     @property
     def witnesses(self) -> tuple[Witness, ...]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.flows import Flow
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 from lightning_slim.scores.magnitude import Magnitude
 from lightning_slim.scores.magnitude_times_std import MagnitudeTimesStd
@@ -40,6 +41,8 @@ class Combined(Score):
             )
         if self.weights and not (min(self.weights) >= 0 and 0 < sum(self.weights) < float("inf")):
             raise ValueError(f"Expected `weights` that are not negative, with one above 0, got {self.weights}.")
+        if len({score.flow for score in self.scores} - {None}) > 1:
+            raise ValueError(f"Expected one score that is taken before training at most, got {self.scores}.")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
@@ -60,6 +63,11 @@ class Combined(Score):
     def lags(self) -> int:  # type: ignore[override]
         """The most that one of the scores asks for."""
         return max(score.lags for score in self.scores)
+
+    @property
+    def flow(self) -> Flow | None:  # type: ignore[override]
+        """The one that a score has."""
+        return next((score.flow for score in self.scores if score.flow is not None), None)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
         weights = self.weights or (1.0,) * len(self.scores)

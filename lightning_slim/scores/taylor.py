@@ -16,7 +16,8 @@ class Taylor(Score):
 
     Attributes:
         of: `"gate"`: `(sum w * dL/dw) ** 2`, the squared derivative by a gate behind the unit (equation 8 there);
-            `"weights"`: `sum |w * dL/dw|`, in which effects of single weights do not cancel.
+            `"weights"`: `sum |w * dL/dw|`, in which effects of single weights do not cancel; before training, that is
+            SNIP (Lee et al., 2019).
     """
 
     of: Literal["gate", "weights"] = "gate"

@@ -20,6 +20,7 @@ from lightning_slim import (
     Global,
     Granger,
     GrangerPrune,
+    GraSP,
     InputScreening,
     Linear,
     Sensitivity,
@@ -30,7 +31,10 @@ from lightning_slim import (
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
+from tests.callbacks.test_end import cut as end_cut
 from tests.callbacks.test_resume import prune
+from tests.callbacks.test_start import cut
+from tests.callbacks.test_start import masked as start_masked
 
 STRATEGIES = {
     "plain": {},
@@ -76,6 +80,12 @@ def main() -> None:
         callback = GrangerPrune(budget, Linear(0.0, 0.5), record_every_n_steps=3)
     elif kind == "sensitivity":
         model, callback, data = Lit(), Sensitivity(1, (0.25, 0.5), Taylor()), loader(64)
+    elif kind == "start":
+        model, callback, data = Lit(), cut(GraSP(), compensate="least_squares", rounds=2), loader(64)
+    elif kind == "start masks":
+        model, callback, data = Lit(), start_masked(probe_batches=1), loader(64)
+    elif kind == "end":
+        model, callback, data = Lit(), end_cut(schedule=Linear(0.0, 2 / 3)), loader(64)
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
@@ -97,8 +107,8 @@ def main() -> None:
         (Path(folder) / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
     if validated:
         return
-    events = callback.events if kind == "masks" else [] if kind == "inputs" else callback.history.events
-    assert callback.event if kind == "inputs" else len(events) == 2
+    events = callback.events if "masks" in kind else [] if kind == "inputs" else callback.history.events
+    assert callback.event if kind == "inputs" else len(events) == (1 if kind == "start masks" else 2)
 
 
 if __name__ == "__main__":

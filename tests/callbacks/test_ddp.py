@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.feature_selection import f_classif
 from statsmodels.stats.multitest import multipletests
 
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import digits
-from tests.networks import same
+from tests.networks import images, same
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
 
@@ -89,6 +90,38 @@ def test_ranks_go_back_together(tmp_path: Path) -> None:
     widths = [snapshot["weights"]["net.c1.weight"].shape[0] for snapshot in first]
     assert widths[0] == 8
     assert widths[2] < widths[6] <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["start", "end"])
+def test_ranks_cut_in_step_before_and_after_training(tmp_path: Path, kind: str) -> None:
+    first, second = run(tmp_path, kind, "plain")
+    assert len(first) == len(second) == 24
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[0]["weights"]["net.c1.weight"].shape[0] == (4 if kind == "start" else 8)
+    assert first[-1]["weights"]["net.c1.weight"].shape[0] == 4
+    last, before = first[-1]["weights"], first[-3]["weights"]
+    assert all(not torch.equal(last[name], before[name]) for name in last)
+
+
+def test_ranks_mask_by_the_gradient_of_both_before_training(tmp_path: Path) -> None:
+    """SNIP: the product with the mean of the ranks' gradients, each of its own first batch."""
+    first, second = run(tmp_path, "start masks", "static")
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    (x, y), order = images(7, 64), torch.randperm(64, generator=torch.Generator().manual_seed(0))  # the sampler's
+    gradients = []
+    for rank in range(2):
+        lit, batch = Lit(), order[rank:16:2]
+        F.cross_entropy(lit.net(x[batch]), y[batch]).backward()
+        gradients.append(lit.net)
+    names = [f"{name}.weight" for name in ("c1", "c2", "dw", "fc1")]
+    zero = torch.cat([first[-1]["weights"][f"net.{name}"].flatten() == 0 for name in names])
+    scores = [
+        (net.get_parameter(name).detach() * sum(n.get_parameter(name).grad for n in gradients)).abs().flatten()
+        for net, name in ((gradients[0], name) for name in names)
+    ]
+    assert torch.equal(zero, torch.cat(scores) <= torch.cat(scores)[zero].max())
+    assert int(zero.sum()) == round(0.75 * zero.numel())
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def evidence(score: Score, dead: bool = False, kind: str = "channels") -> Eviden
     x = torch.randn(200, UNITS, width, generator=generator)
     x = torch.einsum("rvc,vu->ruc", x, torch.randn(UNITS, UNITS, generator=generator))
     weights = torch.randn(UNITS, 5 * width, generator=generator)
-    effects = dict(zip(get_args(Effect), torch.rand(4, UNITS, generator=generator), strict=True))
+    effects = dict(zip(get_args(Effect), torch.rand(5, UNITS, generator=generator), strict=True))
     gone = (torch.rand(300, UNITS, generator=generator) < 0.1).double()
     made = None if kind == "blocks" else torch.randn(UNITS, 7, generator=generator)
     scales = torch.rand(UNITS, 0 if kind == "blocks" else 2, generator=generator)
