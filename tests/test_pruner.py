@@ -137,6 +137,11 @@ def test_every_score_prunes_with_and_without_compensation(score: Score, compensa
         pruner.recorder.hear(labels=y, losses=losses)
         pruner.recorder.observe_gradients()
         optimizer.step()
+        if score.flow is not None:
+            for gradients in score.flow(network, [lambda: F.cross_entropy(network(x), y)], pruner.calls, lambda g: g):
+                for parameter, gradient in gradients.items():
+                    parameter.grad = gradient
+                pruner.recorder.observe_flow()
         steps += 1
         assert steps < 50
     event = pruner.step(0.5, [optimizer])
