@@ -289,7 +289,7 @@ class Masker:
             exchanged = min(round(self.regrow.share(progress) * (pieces - gone)), gone)
             survives = self._mask(name, gone + exchanged)
             back = self.regrow(self._gradients.get(name, torch.zeros_like(mask, dtype=torch.float)).float(), generator)
-            back = back.to(mask.device).masked_fill(mask, -1.0).masked_fill(survives, torch.inf)
+            back = back.to(mask.device).masked_fill(mask, -torch.inf).masked_fill(survives, torch.inf)
             chosen = self.pattern.choose(stacked(back), gone)
             new[name] = unstacked(chosen, tuple(mask.shape)).contiguous()
         return new
@@ -299,7 +299,7 @@ class Masker:
         """Scores of one weight; what is gone comes behind all that stays."""
         weight = self.model.get_parameter(name)
         score = self._sums.get(name, torch.zeros_like(weight)) if self.score.streamed else self.score(weight, weight)
-        return score.float().masked_fill(~self.masks[name].to(weight.device), -1.0)
+        return score.float().masked_fill(~self.masks[name].to(weight.device), -torch.inf)
 
     def _masking(self, name: str) -> Callable[[Tensor], Tensor | None]:
         """A hook on a gradient. A cut hands it on to the new parameter, so that it looks its mask up."""

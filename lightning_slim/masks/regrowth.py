@@ -32,7 +32,7 @@ class Regrowth(ABC):
 
     @abstractmethod
     def __call__(self, gradient: Float[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
-        """Scores of entries that may come back, never negative."""
+        """Scores of entries that may come back; they may be negative."""
 
 
 @dataclass(frozen=True)

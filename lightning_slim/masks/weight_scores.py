@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class WeightScore(ABC):
-    """A frozen dataclass that scores the entries of a weight; the least go first. Never negative."""
+    """A frozen dataclass that scores the entries of a weight; the least go first. They may be negative."""
 
     streamed: ClassVar[bool] = False  # whether it is the mean over steps, at each of which there is a gradient
 

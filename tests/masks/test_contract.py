@@ -61,6 +61,32 @@ def test_more_zeros_hold_those_that_were_fewer(pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_negative_scores_choose_as_positive_ones_do(pattern: Pattern) -> None:
+    """All scores of one pattern's pieces shift by the same: the order of pieces, and the mask, stay."""
+    scores, pieces = stack(), len(pattern.pool(stack()))
+    for tenth in range(10):
+        mask = pattern.choose(scores, round(tenth / 10 * pieces))
+        assert torch.equal(mask, pattern.choose(scores - 5, round(tenth / 10 * pieces)))
+
+
+@pytest.mark.parametrize("shift", [0.0, -5.0])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_what_is_gone_goes_first(pattern: Pattern, shift: float) -> None:
+    pieces = len(pattern.pool(stack()))
+    before = pattern.choose(stack(1), pieces // 4)  # by other scores than those that count now
+    scores = (stack() + shift).masked_fill(~before, -torch.inf)
+    pooled = pattern.pool(scores)
+    assert int(pooled.isneginf().sum()) == int((~before).sum()) / pattern.piece
+    for removed in (pieces // 4, pieces // 3, pieces // 2):
+        assert not (pattern.choose(scores, removed) & ~before).any()
+
+
+def test_a_block_of_which_a_part_is_gone_counts_by_the_rest() -> None:
+    scores = torch.tensor([[[-torch.inf, -2.0, -3.0, -4.0, -torch.inf]]])
+    assert Block(1, 2).pool(scores).tolist() == [-2.0, -7.0, -torch.inf]  # the last block is short
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_equal_scores_still_give_the_density(pattern: Pattern) -> None:
     scores = torch.zeros(3, 8, 12)
     mask = pattern.choose(scores, len(pattern.pool(scores)) // 2)

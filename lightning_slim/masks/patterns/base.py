@@ -15,7 +15,8 @@ class Pattern(ABC):
     """A frozen dataclass that turns scores of single weights into a mask.
 
     Weights come as stacks of matrices, one for each tap of a kernel (see `masks.weights.stacked`), so that the last
-    axis is always what is read, be it of a linear layer, a convolution or a recurrent layer.
+    axis is always what is read, be it of a linear layer, a convolution or a recurrent layer. Scores may be negative;
+    what is gone already has a score of -inf.
     """
 
     aligned: ClassVar[bool] = True  # whether a mask of which rows or columns were cut is no mask of the pattern
@@ -36,7 +37,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def pool(self, scores: Float[Tensor, "taps rows inputs"]) -> Float[Tensor, "pieces"]:
-        """The score of each piece: the sum over its entries."""
+        """The score of each piece: the sum over its entries, but for those that are gone; -inf if all are."""
 
     @abstractmethod
     def choose(self, scores: Float[Tensor, "taps rows inputs"], removed: int) -> Bool[Tensor, "taps rows inputs"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -57,6 +58,8 @@ class Block(Pattern):
 
     def _blocks(self, scores: Float[Tensor, "taps rows inputs"]) -> Float[Tensor, "taps down across"]:
         _, rows, inputs = scores.shape
-        padded = pad(scores, (0, -inputs % self.cols, 0, -rows % self.rows))
+        padded = pad(scores, (0, -inputs % self.cols, 0, -rows % self.rows), value=-torch.inf)
         taps, down, across = len(scores), padded.shape[1] // self.rows, padded.shape[2] // self.cols
-        return padded.reshape(taps, down, self.rows, across, self.cols).sum((2, 4))
+        blocks = padded.reshape(taps, down, self.rows, across, self.cols).transpose(2, 3).flatten(3)
+        gone = blocks.isneginf()
+        return blocks.masked_fill(gone, 0).sum(-1).masked_fill(gone.all(-1), -torch.inf)

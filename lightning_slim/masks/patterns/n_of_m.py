@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -48,6 +49,6 @@ class NM(Pattern):
     def choose(self, scores: Float[Tensor, "taps rows inputs"], removed: int) -> Bool[Tensor, "taps rows inputs"]:
         """The last group may be short, after a cut."""
         taps, rows, inputs = scores.shape
-        groups = pad(scores, (0, -inputs % self.m), value=-2.0).reshape(taps, rows, -1, self.m)
+        groups = pad(scores, (0, -inputs % self.m), value=-torch.inf).reshape(taps, rows, -1, self.m)
         gone = min(round(self.m * removed / scores.numel()), self.m - self.n)
         return best(groups, self.m - gone).flatten(2)[..., :inputs].contiguous()
