@@ -161,6 +161,8 @@ class Masker:
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
         for name, weight in self.weights.items():
             self.masks[name] = self.masks[name].to(weight.device)
+            if name in self._sums:
+                self._sums[name] = self._sums[name].to(weight.device)
             self._handles.append(weight.register_hook(self._masking(name)))  # type: ignore[no-untyped-call]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
 
@@ -211,7 +213,10 @@ class Masker:
             return None
         regrown = sum(int((new[name].to(mask.device) & ~mask).sum()) for name, mask in self.masks.items())
         self.masks = {name: new[name].to(weight.device) for name, weight in self.weights.items()}
-        self._sums, self._steps = {}, 0
+        if self.score.forgets:
+            self._sums, self._steps = {}, 0
+        for name, sums in self._sums.items():  # what comes back one day begins at zero
+            sums.masked_fill_(~self.masks[name], 0)
         for model in (self.model, *copies):
             self.apply(model)
         self._forget(optimizers)

@@ -24,6 +24,7 @@ from lightning_slim import (
     RigL,
     Uniform,
     Unstructured,
+    WeightMovement,
     WeightSaliency,
     find_groups,
     migrate,
@@ -203,6 +204,46 @@ def test_streamed_scores_are_means_over_steps() -> None:
     assert masker.ready
     masker.update(1.0)
     assert torch.equal(masker.masks["0.weight"], expected > expected.flatten().kthvalue(64).values)
+
+
+def test_what_moves_toward_zero_goes_however_large_it_is() -> None:
+    """Negative scores; they add up over the whole run, and what is gone stays gone."""
+    net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    masker = Masker(net, 0.5, score=WeightMovement(), schedule=Linear(0.0, 1.0))
+    masker.prepare(loss_of(net))
+    masker.attach([optimizer])
+    moved = torch.zeros(16, 8)
+    for tenth in range(1, 11):
+        optimizer.zero_grad()
+        loss_of(net, tenth).backward()
+        masker.observe(optimizer)
+        moved -= (net[0].weight * net[0].weight.grad).detach()
+        optimizer.step()
+        before = masker.masks["0.weight"]
+        masker.update(tenth / 10, [optimizer])
+        stays = moved.masked_fill(~before, -torch.inf)
+        expected = stays > stays.flatten().kthvalue(round(6.4 * tenth)).values
+        assert torch.equal(masker.masks["0.weight"], expected)
+    assert (moved[masker.masks["0.weight"]] < 0).any()
+    assert masker.reached == 0.5
+
+
+def test_what_comes_back_has_not_moved_yet() -> None:
+    net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    masker = Masker(net, 0.5, score=WeightMovement(), schedule=OneShot(0.0), regrow=SET(end=1.0))
+    masker.prepare(loss_of(net))
+    masker.attach([optimizer])
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        masker.observe(optimizer)
+        optimizer.step()
+        masker.update(step / 10, [optimizer])
+        assert [int((~mask).sum()) for mask in masker.masks.values()] == [64, 96]
+        sums = masker.state_dict()["sums"]
+        assert all(bool((sums[n][~mask] == 0).all() and (sums[n][mask] != 0).any()) for n, mask in masker.masks.items())
 
 
 def test_copies_are_zeroed_alike() -> None:

@@ -4,7 +4,7 @@ from lightning_slim.masks.distributions import Distribution, ErdosRenyiKernel, G
 from lightning_slim.masks.last_layers import find_last
 from lightning_slim.masks.patterns import NM, Block, Pattern, Unstructured
 from lightning_slim.masks.regrowth import SET, Regrowth, RigL
-from lightning_slim.masks.weight_scores import WeightMagnitude, WeightSaliency, WeightScore
+from lightning_slim.masks.weight_scores import WeightLamp, WeightMagnitude, WeightMovement, WeightSaliency, WeightScore
 from lightning_slim.masks.weights import find_weights, stacked, unstacked
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "RigL",
     "Uniform",
     "Unstructured",
+    "WeightLamp",
     "WeightMagnitude",
+    "WeightMovement",
     "WeightSaliency",
     "WeightScore",
     "find_last",

@@ -13,6 +13,8 @@ from lightning_slim.masks import (
     ErdosRenyiKernel,
     Global,
     Layer,
+    WeightLamp,
+    WeightMovement,
     WeightSaliency,
     find_last,
     find_weights,
@@ -83,6 +85,46 @@ def test_saliency_is_what_the_loss_changes_by_to_first_order() -> None:
         smaller.view(-1)[i] *= 1 - step
         change = abs(float((loss(weight) - loss(smaller)).detach())) / step
         assert float(WeightSaliency()(weight.detach(), gradient).view(-1)[i]) == pytest.approx(change, rel=1e-4)
+
+
+def test_lamp_by_hand() -> None:
+    weight = torch.tensor([[1.0, -3.0, 0.0], [2.0, 1.0, 4.0]])  # squares 0, 1, 1, 4, 9, 16: sums 31, 31, 30, 29, 25, 16
+    expected = torch.tensor([[1 / 31, 9 / 25, 0.0], [4 / 29, 1 / 31, 1.0]])
+    torch.testing.assert_close(WeightLamp()(weight, weight).float(), expected)
+    conv = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    assert torch.equal(WeightLamp()(conv, conv), WeightLamp()(conv.contiguous(), conv))
+
+
+def test_lamp_under_one_threshold_shares_out_as_in_the_paper() -> None:
+    """The authors' way: sort, divide by what is left, one threshold; then the smallest of each layer go."""
+    weights = {"a": torch.randn(20, 10), "b": 3 * torch.randn(30, 20), "c": torch.randn(5, 5)}
+    pooled = []
+    for name, weight in weights.items():
+        ascending = weight.flatten().abs().sort().values
+        pooled += [(float(ascending[i] ** 2 / (ascending[i:] ** 2).sum()), name) for i in range(len(ascending))]
+    expected = dict.fromkeys(weights, 0)
+    for _, name in sorted(pooled)[:660]:
+        expected[name] += 1
+    layers = {n: Layer(tuple(w.shape), WeightLamp()(w, w).flatten().float()) for n, w in weights.items()}
+    assert Global(0.0)(layers, 0.8) == expected
+    by_magnitude = {n: Layer(tuple(w.shape), w.abs().flatten()) for n, w in weights.items()}
+    assert Global(0.0)(by_magnitude, 0.8) != expected
+
+
+def test_movement_is_what_a_score_learns_by_descent() -> None:
+    """Sanh et al.: scores beside weights, as gates, train with the same rate; the mask's derivative counts as 1."""
+    weight, scores = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
+    moved = torch.zeros(3, 4)
+    for step in range(5):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        gates = torch.ones(3, 4) + scores - scores.detach()  # straight through
+        by_weight, by_scores = torch.autograd.grad((x @ (weight * gates).T).tanh().sum(), [weight, scores])
+        moved += WeightMovement()(weight.detach(), by_weight)
+        with torch.no_grad():
+            weight -= 0.1 * by_weight
+            scores -= 0.1 * by_scores
+    torch.testing.assert_close(0.1 * moved, scores.detach())
+    assert (moved < 0).any()
 
 
 class Net(nn.Module):
