@@ -25,6 +25,7 @@ from lightning_slim.masks import (
     find_last,
     find_weights,
     stacked,
+    transposed_groups,
     unstacked,
 )
 from lightning_slim.ranks import Agree, alone
@@ -149,7 +150,7 @@ class Masker:
                 "embedding weights but those that are skipped, frozen or right before the loss."
             )
         for name, weight in weights.items():
-            if wrong := self.pattern.refuses(stacked(weight).shape):
+            if wrong := self.pattern.refuses(self._stacked(name, weight).shape):
                 raise ValueError(f"{wrong} ({name}, with `skip`).")
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         self._name()
@@ -249,7 +250,7 @@ class Masker:
         if self.pattern.aligned:
             for name in {self._aliases.get(name, name) for name in cut} & self.masks.keys():
                 mask = self.masks[name]
-                pieces = len(self.pattern.pool(stacked(mask.float())))
+                pieces = len(self.pattern.pool(self._stacked(name, mask.float())))
                 self.masks[name] = self._mask(name, round((1 - float(mask.double().mean())) * pieces))
         self._name()
         self.apply(self.model)
@@ -275,13 +276,21 @@ class Masker:
     # --- details ---
 
     def _choose(self, asked: float) -> dict[str, Tensor]:
-        scores = {name: stacked(self._scores(name)) for name in self.masks}
+        scores = {name: self._stacked(name, self._scores(name)) for name in self.masks}
         layers = {n: Layer(tuple(self.masks[n].shape), self.pattern.pool(stack)) for n, stack in scores.items()}
         return {name: self._mask(name, removed) for name, removed in self.distribution(layers, asked).items()}
 
     def _mask(self, name: str, removed: int) -> Bool[Tensor, "..."]:
-        chosen = self.pattern.choose(stacked(self._scores(name)), removed)
-        return unstacked(chosen, tuple(self.masks[name].shape)).contiguous()
+        return self._chosen(name, self._scores(name), removed)
+
+    def _chosen(self, name: str, scores: Float[Tensor, "..."], removed: int) -> Bool[Tensor, "..."]:
+        """The mask of one weight, in its shape, that scores of its shape lead to."""
+        stack = self.pattern.choose(self._stacked(name, scores), removed)
+        return unstacked(stack, tuple(scores.shape), transposed_groups(self.model, name)).contiguous()
+
+    def _stacked(self, name: str, tensor: Tensor) -> Tensor:
+        """What has the shape of a weight, as its pattern sees it."""
+        return stacked(tensor, transposed_groups(self.model, name))
 
     def _exchange(self, progress: float) -> dict[str, Tensor]:
         """Masks of the same density; what matters least of what stays makes room for what comes back."""
@@ -289,14 +298,13 @@ class Masker:
         new = {}
         generator = torch.Generator().manual_seed(self.seed + len(self.events))
         for name, mask in self.masks.items():
-            pieces = len(self.pattern.pool(stacked(mask.float())))
+            pieces = len(self.pattern.pool(self._stacked(name, mask.float())))
             gone = round((1 - float(mask.double().mean())) * pieces)
             exchanged = min(round(self.regrow.share(progress) * (pieces - gone)), gone)
             survives = self._mask(name, gone + exchanged)
             back = self.regrow(self._gradients.get(name, torch.zeros_like(mask, dtype=torch.float)).float(), generator)
             back = back.to(mask.device).masked_fill(mask, -torch.inf).masked_fill(survives, torch.inf)
-            chosen = self.pattern.choose(stacked(back), gone)
-            new[name] = unstacked(chosen, tuple(mask.shape)).contiguous()
+            new[name] = self._chosen(name, back, gone)
         return new
 
     @torch.no_grad()

@@ -347,6 +347,56 @@ def test_masks_are_cut_with_their_layers(pattern: Pattern) -> None:
         assert zeros(net, masker)
 
 
+class Attends(nn.Module):
+    """Attention and a transposed convolution, both of which lose units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.attention = nn.Linear(8, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.last = nn.ConvTranspose1d(16, 12, 2, 2), nn.Conv1d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inp(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.last(F.relu(self.up(x.transpose(1, 2))))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4), NM(1, 4), Block(4, 1)], ids=str)
+def test_attention_and_transposed_convolutions_are_masked_and_cut(pattern: Pattern) -> None:
+    net, x = Attends(), torch.randn(3, 5, 8)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    sparsity = pattern.sparsity or 0.5
+    masker = Masker(net, sparsity, pattern, schedule=OneShot(0.0))
+    masker.prepare(net(x).square().mean())
+    masker.attach([optimizer])
+    masker.update(1.0, [optimizer])
+    names = {"inp.weight", "attention.in_proj_weight", "attention.out_proj.weight", "up.weight"}
+    assert masker.masks.keys() == names
+    assert all(int((w == 0).sum()) == sparsity * w.numel() for w in masker.weights.values())
+    groups = {group.name: group for group in find_groups(net, x)}
+    plan = Plan(
+        {"attention.heads": torch.tensor([1, 0, 1, 1]) > 0, "inp": torch.arange(16) % 4 > 0, "up": torch.arange(12) > 3}
+    )
+    before = dict(masker.masks)
+    migrate(optimizer, remove_units(net, groups.values(), plan))
+    masker.follow(StructureChange([*groups.values()], plan))
+    rows = torch.cat([torch.arange(16) // 4 != 1] * 3)
+    if pattern == Unstructured():
+        assert torch.equal(
+            masker.masks["attention.in_proj_weight"], before["attention.in_proj_weight"][rows][:, plan["inp"]]
+        )
+        assert torch.equal(masker.masks["up.weight"], before["up.weight"][plan["inp"]][:, plan["up"]])
+    elif isinstance(pattern, NM):
+        assert (masker.masks["up.weight"].view(3, 4, 8, 2).sum(1) == pattern.n).all()  # inputs are the first axis
+        assert (masker.masks["attention.in_proj_weight"].view(36, 3, 4).sum(2) == pattern.n).all()
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+        assert zeros(net, masker)
+
+
 def test_the_state_is_restored_to_the_bit() -> None:
     net = perceptron()
     masker = masked(net)

@@ -25,8 +25,8 @@ from lightning_slim.surgery import StructureChange
 class WeightPrune(SlimCallback):
     """Zeroes weights while the model trains, and keeps them exactly zero: the network gets sparse, not smaller.
 
-    Linear layers, convolutions that are not transposed, recurrent layers and embeddings are masked, as far as they
-    train; never biases and norms, nor the last layers, which are found from the first loss. Weights stay plain
+    Linear layers, convolutions, recurrent layers, embeddings and the projections of attention are masked, as far as
+    they train; never biases and norms, nor the last layers, which are found from the first loss. Weights stay plain
     parameters: a checkpoint's `state_dict` has the keys of a dense one.
 
     Args:

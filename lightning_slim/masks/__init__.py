@@ -5,7 +5,7 @@ from lightning_slim.masks.last_layers import find_last
 from lightning_slim.masks.patterns import NM, Block, Pattern, Unstructured
 from lightning_slim.masks.regrowth import SET, Regrowth, RigL
 from lightning_slim.masks.weight_scores import WeightLamp, WeightMagnitude, WeightMovement, WeightSaliency, WeightScore
-from lightning_slim.masks.weights import find_weights, stacked, unstacked
+from lightning_slim.masks.weights import find_weights, stacked, transposed_groups, unstacked
 
 __all__ = [
     "NM",
@@ -28,5 +28,6 @@ __all__ = [
     "find_last",
     "find_weights",
     "stacked",
+    "transposed_groups",
     "unstacked",
 ]

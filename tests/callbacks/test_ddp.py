@@ -74,7 +74,7 @@ def test_ranks_mask_the_same_weights(tmp_path: Path) -> None:
     first, second = run(tmp_path, "masks", "plain")
     assert len(first) == len(second) == 24
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
-    masked = [first[-1]["weights"][f"net.{name}.weight"] for name in ("c1", "c2", "dw", "fc1")]
+    masked = [first[-1]["weights"][f"net.{name}.weight"] for name in ("c1", "c2", "dw", "up", "fc1")]
     zeros, entries = sum(int((w == 0).sum()) for w in masked), sum(w.numel() for w in masked)
     assert zeros == round(0.75 * entries)
 

@@ -56,7 +56,7 @@ def hold(callback: WeightPrune, module: nn.Module) -> bool:
     return all(bool((module.get_parameter(name)[~mask] == 0).all()) for name, mask in kept)
 
 
-MASKED = {"net.c1.weight", "net.c2.weight", "net.dw.weight", "net.fc1.weight"}  # not the head, nor transposed
+MASKED = {f"net.{name}.weight" for name in ("c1", "c2", "dw", "up", "fc1")}  # not the head
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3}])

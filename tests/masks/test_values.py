@@ -64,6 +64,21 @@ def test_n_of_m_lies_along_the_inputs_of_a_convolution() -> None:
     assert torch.equal((conv.weight.abs() * mask).view(6, 2, 4, 3, 3).topk(2, 2).values, kept)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_transposed_convolution_is_seen_output_by_output(groups: int) -> None:
+    """Row o, column i of a tap is what output o makes of the i-th input of its group, as in the matrix of the layer."""
+    layer = nn.ConvTranspose1d(8, 24, 3, groups=groups, bias=False).double()
+    stack = stacked(layer.weight.detach(), groups)
+    assert stack.shape == (3, 24, 8 // groups)
+    for channel in range(8):
+        made = layer(F.one_hot(torch.tensor(channel), 8).double()[:, None])  # one step of one channel: (outputs, taps)
+        group, column = divmod(channel, 8 // groups)
+        rows = torch.arange(24) // (24 // groups) == group
+        assert torch.equal(made[rows].detach(), stack[:, rows, column].T)
+        assert (made[~rows] == 0).all()
+    assert torch.equal(unstacked(stack, tuple(layer.weight.shape), groups), layer.weight)
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 5), (4, 3, 5, 2), (4, 3, 2, 2, 2)])
 def test_stacks_are_undone(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape)
@@ -165,6 +180,34 @@ def test_a_recurrent_layer_may_be_last() -> None:
     net = nn.GRU(3, 4)
     weights = find_weights(net)
     assert find_last(net(torch.randn(5, 2, 3))[0].sum(), weights) == weights.keys()
+
+
+class Attends(nn.Module):
+    """Attention of fused projections, one of separate ones, a transposed convolution, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.apart = nn.MultiheadAttention(8, 2, batch_first=True, kdim=6, vdim=4)
+        self.up, self.head = nn.ConvTranspose1d(8, 6, 2, 2), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        x = x + self.fused(x, x, x, need_weights=False)[0]
+        x = x + self.apart(x, key, value)[0]
+        return self.head(self.up(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_projections_of_attention_and_transposed_convolutions_are_found() -> None:
+    net = Attends()
+    weights = find_weights(net)
+    of_fused = ["fused.in_proj_weight", "fused.out_proj.weight"]
+    of_apart = [*(f"apart.{x}_proj_weight" for x in "qkv"), "apart.out_proj.weight"]
+    assert [*weights] == [*of_fused, *of_apart, "up.weight", "head.weight"]
+    x, key, value = torch.randn(2, 5, 8), torch.randn(2, 7, 6), torch.randn(2, 7, 4)
+    assert find_last(net(x, key, value).mean(), weights) == {"head.weight"}
+    attended = net.fused(x, x, x)[0].mean()
+    assert find_last(attended, weights) == {"fused.out_proj.weight"}
+    assert find_last(net.up(x.mT).mean(), weights) == {"up.weight"}
 
 
 def test_last_layers_are_found_under_autocast() -> None:
