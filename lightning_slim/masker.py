@@ -224,12 +224,9 @@ class Masker:
         self.events.append(self._event(progress, asked, global_step, regrown))
         return self.events[-1]
 
-    @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Zeroes what is masked in the model, or in a copy of it."""
-        for name, mask in self.masks.items():
-            weight = model.get_parameter(name)
-            weight.masked_fill_(~mask.to(weight.device), 0)
+        self._zero({name: model.get_parameter(name) for name in self.masks})
 
     def follow(self, change: StructureChange) -> None:
         """Cuts the masks as the model was cut. Rows and columns break patterns: of cut weights, these are chosen anew.
@@ -321,13 +318,19 @@ class Masker:
             if not self._attached or name not in self.masks:
                 return None
             if self.regrow is not None and self.regrow.needs_gradients:
-                self._gradients[name] = gradient.detach().clone()
+                self._gradients[name] = gradient.detach()  # not changed any more: what goes on is the masked one
             return gradient.masked_fill(~self.masks[name], 0)
 
         return hook
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.apply(self.model)
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        self._zero({name: weight for name, weight in self.weights.items() if weight in held})
+
+    @torch.no_grad()
+    def _zero(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            weight.masked_fill_(~self.masks[name].to(weight.device), 0)
 
     @torch.no_grad()
     def _forget(self, optimizers: Iterable[Optimizer]) -> None:

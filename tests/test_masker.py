@@ -246,6 +246,22 @@ def test_what_comes_back_has_not_moved_yet() -> None:
         assert all(bool((sums[n][~mask] == 0).all() and (sums[n][mask] != 0).any()) for n, mask in masker.masks.items())
 
 
+def test_a_step_zeroes_only_what_its_optimizer_holds() -> None:
+    net = perceptron()
+    first, second = (torch.optim.SGD(net[i].parameters(), lr=0.1) for i in (0, 2))
+    masker = masked(net, [first, second])
+    masks = masker.masks
+    loss_of(net).backward()
+    with torch.no_grad():  # as if both had moved what is gone
+        net[0].weight += 1
+        net[2].weight += 1
+    second.step()
+    assert (net[2].weight[~masks["2.weight"]] == 0).all()
+    assert (net[0].weight[~masks["0.weight"]] == 1).all()
+    first.step()
+    assert zeros(net, masker)
+
+
 def test_copies_are_zeroed_alike() -> None:
     net = perceptron()
     average = copy.deepcopy(net)
