@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -234,18 +234,17 @@ class Masker:
         Args:
             change: the cut, which the model and its optimizers have been through already.
         """
-        gone, dropped = positions_gone(change.groups, change.plan), blocks_gone(change.groups, change.plan)
+        gone, dropped = self._gone(change), blocks_gone(change.groups, change.plan)
         stand = {name for name in self.masks if not any(name.startswith(f"{path}.") for path in dropped)}
-        cut = {name for name, _ in gone if self._aliases.get(name, name) in stand}
+        cut = {name for name, _ in gone if name in stand}
         for held in (self.masks, self._sums, self._gradients):
             for name in held.keys() - stand:
                 del held[name]
-            for (alias, axis), at in gone.items():
-                name = self._aliases.get(alias, alias)
+            for (name, axis), at in gone.items():
                 if name in held:
                     held[name] = _without(held[name], axis, at)
         if self.pattern.aligned:
-            for name in {self._aliases.get(name, name) for name in cut} & self.masks.keys():
+            for name in cut:
                 mask = self.masks[name]
                 pieces = len(self.pattern.pool(self._stacked(name, mask.float())))
                 self.masks[name] = self._mask(name, round((1 - float(mask.double().mean())) * pieces))
@@ -322,6 +321,14 @@ class Masker:
             return gradient.masked_fill(~self.masks[name], 0)
 
         return hook
+
+    def _gone(self, change: StructureChange) -> dict[tuple[str, int], Int[Tensor, "gone"]]:
+        """(weight, axis) -> the positions that a cut removed, under whichever of the weight's names it says so."""
+        gone: dict[tuple[str, int], Tensor] = {}
+        for (alias, axis), at in positions_gone(change.groups, change.plan).items():
+            place = self._aliases.get(alias, alias), axis
+            gone[place] = torch.unique(torch.cat([gone.get(place, at), at]))
+        return gone
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         held = {p for group in optimizer.param_groups for p in group["params"]}

@@ -413,6 +413,20 @@ def test_attention_and_transposed_convolutions_are_masked_and_cut(pattern: Patte
         assert zeros(net, masker)
 
 
+def test_a_tied_weight_is_cut_once() -> None:
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 20, bias=False), nn.Linear(20, 3))
+    net[3].weight = net[0].weight
+    x = torch.randint(0, 20, (2, 5))
+    masker = masked(net, loss=net(x).sum(), sparsity=0.5)
+    before, (group,) = masker.masks["0.weight"], find_groups(net, x)
+    plan = Plan({group.name: torch.arange(8) % 4 != 1})
+    remove_units(net, [group], plan)
+    masker.follow(StructureChange([group], plan))
+    assert torch.equal(masker.masks["0.weight"], before[:, plan[group.name]])
+    assert masker.masks["1.weight"].shape == (6, 6)
+    assert zeros(net, masker)
+
+
 def test_the_state_is_restored_to_the_bit() -> None:
     net = perceptron()
     masker = masked(net)
