@@ -22,6 +22,8 @@ from lightning_slim.masks import (
     WeightMovement,
     WeightSaliency,
     WeightScore,
+    WeightScreening,
+    WeightWanda,
 )
 from lightning_slim.penalties import L1, GroupLasso, GrowingL2, HoyerSquare, NormScaleL1, Penalty
 from lightning_slim.pruner import NoEffectWarning, Pruner
@@ -140,6 +142,8 @@ __all__ = [  # noqa: RUF022 (as `sorted` does)
     "WeightPrune",
     "WeightSaliency",
     "WeightScore",
+    "WeightScreening",
+    "WeightWanda",
     "find_groups",
     "load_from_checkpoint",
     "migrate",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_slim.history import MaskEvent
 from lightning_slim.masks import (
+    LAYERS,
     Distribution,
+    InputScore,
     Layer,
     Pattern,
     Regrowth,
@@ -29,6 +33,7 @@ from lightning_slim.masks import (
     unstacked,
 )
 from lightning_slim.ranks import Agree, alone
+from lightning_slim.recording import InputRecorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import StructureChange
@@ -97,9 +102,10 @@ class Masker:
         self.events: list[MaskEvent] = []
         self.agree: Agree = alone  # several processes: what rank 0 says
         self._sums: dict[str, Float[Tensor, "..."]] = {}  # scores that are streamed
-        self._steps = 0  # that were added up there
+        self._inputs: InputRecorder | None = None  # what is read, if the score looks at that
         self._gradients: dict[str, Float[Tensor, "..."]] = {}  # the last ones, of all entries, to regrow by
         self._aliases: dict[str, str] = {}  # every name of a masked weight -> the one that it is masked under
+        self._readers: dict[str, list[str]] = {}  # masked weight -> its names in layers that read with it
         self._attached = False
         self._handles: list[RemovableHandle] = []
 
@@ -111,7 +117,22 @@ class Masker:
     @property
     def ready(self) -> bool:
         """Whether there is something to score by."""
-        return self.prepared and (self._steps > 0 or not self.score.streamed)
+        return self.prepared and not self.unheard
+
+    @property
+    def unheard(self) -> list[str]:
+        """The masked weights that the score has heard nothing of since it began anew: no gradient, or no inputs."""
+        return [name for name in self.masks if not self._heard_of(name)]
+
+    @property
+    def listens(self) -> bool:
+        """Whether the score looks at what weights read: there is something to record."""
+        return self._inputs is not None
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `hear` must be told labels."""
+        return self._inputs is not None and self._inputs.needs_labels
 
     @property
     def in_step(self) -> bool:
@@ -137,7 +158,7 @@ class Masker:
             loss: a loss of the model, with its graph: it tells which layers are last. None: none is.
 
         Raises:
-            ValueError: nothing can be masked, or a weight does not fit the pattern.
+            ValueError: nothing can be masked, or a weight does not fit the pattern or the score.
         """
         check_skip(self.model, [*self.skip, *([self.module] if self.module else [])])
         weights = find_weights(self.model, self.module, self.skip)
@@ -154,6 +175,7 @@ class Masker:
                 raise ValueError(f"{wrong} ({name}, with `skip`).")
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         self._name()
+        self._inputs = self._listen()
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """From now on gradients are masked, and weights are zeroed after each step of these optimizers."""
@@ -182,7 +204,24 @@ class Masker:
                 if weight.grad is not None and id(weight) in held:
                     score = self.score(weight.detach(), weight.grad).float()
                     self._sums[name] = self._sums[name] + score if name in self._sums else score
-            self._steps += 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What weights read in forward passes within is heard, as one step, if the score looks at that."""
+        with self._inputs.recording() if self._inputs is not None else nullcontext():
+            yield
+
+    def hear(self, labels: Tensor | None = None) -> None:
+        """Ends a step that was recorded.
+
+        Args:
+            labels: of each item of the batch; needed if `needs_labels`.
+
+        Raises:
+            ValueError: labels are missing, or are not there once for each item.
+        """
+        if self._inputs is not None:
+            self._inputs.hear(labels)
 
     @torch.inference_mode(False)
     def update(
@@ -204,20 +243,30 @@ class Masker:
 
         Returns:
             What was done; None if nothing was due.
+
+        Raises:
+            ValueError: something is due, and of some weights the score has heard nothing.
         """
         asked = self.sparsity * self.schedule(progress)
         exchange = self.regrow is not None and self.events and self.events[-1].asked == self.sparsity
         if asked <= self.reached and not exchange:
             return None
+        if unheard := self.agree(self.unheard):
+            raise ValueError(
+                f"Expected every masked weight to be used since the last update, got nothing to score {unheard} by: "
+                "leave these layers out with `skip`, or choose a score that looks at weights only."
+            )
         new: dict[str, Tensor] = self.agree(self._exchange(progress) if exchange else self._choose(asked))
         if all(torch.equal(new[name], mask) for name, mask in self.masks.items()):
             return None
         regrown = sum(int((new[name].to(mask.device) & ~mask).sum()) for name, mask in self.masks.items())
         self.masks = {name: new[name].to(weight.device) for name, weight in self.weights.items()}
         if self.score.forgets:
-            self._sums, self._steps = {}, 0
-        for name, sums in self._sums.items():  # what comes back one day begins at zero
-            sums.masked_fill_(~self.masks[name], 0)
+            self._sums = {}
+            if self._inputs is not None:
+                self._inputs.forget()
+        # What comes back one day begins at zero.
+        self._sums = {name: sums.masked_fill(~self.masks[name], 0) for name, sums in self._sums.items()}
         for model in (self.model, *copies):
             self.apply(model)
         self._forget(optimizers)
@@ -243,6 +292,10 @@ class Masker:
             for (name, axis), at in gone.items():
                 if name in held:
                     held[name] = _without(held[name], axis, at)
+        if self._inputs is not None:
+            told = [alias for alias in self._inputs.told if not any(alias.startswith(f"{path}.") for path in dropped)]
+            of_told = {(a, axis): at for (name, axis), at in gone.items() for a in self._readers.get(name, ())}
+            self._inputs.keep(of_told, told)
         if self.pattern.aligned:
             for name in cut:
                 mask = self.masks[name]
@@ -257,17 +310,20 @@ class Masker:
             "masks": dict(self.masks),
             "last": sorted(self.last),
             "sums": dict(self._sums),
-            "steps": self._steps,
+            "inputs": self._inputs.state_dict() if self._inputs is not None else {},
             "gradients": dict(self._gradients),
             "events": [vars(event).copy() for event in self.events],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, on a model of the same shapes."""
-        self.masks, self._sums, self._steps = dict(state["masks"]), dict(state["sums"]), state["steps"]
+        self.masks, self._sums = dict(state["masks"]), dict(state["sums"])
         self.last, self._gradients = set(state["last"]), dict(state["gradients"])
         self.events = [MaskEvent(**event) for event in state["events"]]
         self._name()
+        self._inputs = self._listen()
+        if self._inputs is not None:
+            self._inputs.load_state_dict(state["inputs"])
 
     # --- details ---
 
@@ -305,10 +361,31 @@ class Masker:
 
     @torch.no_grad()
     def _scores(self, name: str) -> Float[Tensor, "..."]:
-        """Scores of one weight; what is gone comes behind all that stays."""
+        """Scores of one weight; what is gone comes behind all that stays. Magnitudes, where nothing was heard."""
         weight = self.model.get_parameter(name)
-        score = self._sums.get(name, torch.zeros_like(weight)) if self.score.streamed else self.score(weight, weight)
+        if not self._heard_of(name):
+            score = weight.abs()
+        elif isinstance(self.score, InputScore) and self._inputs is not None:
+            readers = [reader for reader in self._readers[name] if self._inputs.has_heard(reader)]
+            sizes = [self._inputs.of_entries(reader, self.score.size) for reader in readers]
+            score = self.score(weight, reduce(torch.hypot, sizes))
+        else:
+            score = self._sums[name] if self.score.streamed else self.score(weight, weight)
         return score.float().masked_fill(~self.masks[name].to(weight.device), -torch.inf)
+
+    def _listen(self) -> InputRecorder | None:
+        """A recorder of what weights read, if the score looks at that."""
+        if not isinstance(self.score, InputScore):
+            return None
+        return InputRecorder(
+            self.model, [r for readers in self._readers.values() for r in readers], self.score.witnesses
+        )
+
+    def _heard_of(self, name: str) -> bool:
+        """Whether there is something to score a weight by."""
+        if self._inputs is not None:
+            return any(self._inputs.has_heard(reader) for reader in self._readers[name])
+        return name in self._sums or not self.score.streamed
 
     def _masking(self, name: str) -> Callable[[Tensor], Tensor | None]:
         """A hook on a gradient. A cut hands it on to the new parameter, so that it looks its mask up."""
@@ -366,6 +443,10 @@ class Masker:
         first = {id(weight): name for name, weight in self.weights.items()}
         named = self.model.named_parameters(remove_duplicate=False)
         self._aliases = {name: first[id(p)] for name, p in named if id(p) in first}
+        self._readers = {name: [] for name in self.masks}
+        for alias, name in self._aliases.items():
+            if isinstance(self.model.get_submodule(alias.rpartition(".")[0]), LAYERS):
+                self._readers[name].append(alias)
 
 
 def sparsity_of(pattern: Pattern, sparsity: float | None, distribution: Distribution) -> float:

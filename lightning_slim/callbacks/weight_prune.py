@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.clock import Clock
 from lightning_slim.callbacks.companions import copies, reset_monitors
 from lightning_slim.history import MaskEvent
@@ -43,6 +45,8 @@ class WeightPrune(SlimCallback):
         regrow: once the schedule is done, dynamic sparse training: at every update some weights are exchanged for
             others at the same sparsity, `RigL()` or `SET()`. None: what is gone stays gone.
         seed: of what comes back by chance.
+        labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
+        record_every_n_steps: how often scores that look at what weights read do so.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each update: what was best before was
             best of a denser model. Files of the old best stay on disk.
     """
@@ -60,17 +64,25 @@ class WeightPrune(SlimCallback):
         mask_last: bool = False,
         regrow: Regrowth | None = None,
         seed: int = 0,
+        labels: int | str = 1,
+        record_every_n_steps: int = 10,
         reset_monitors: bool = True,
     ) -> None:
+        if record_every_n_steps < 1:
+            raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.sparsity = sparsity_of(pattern, sparsity, distribution)
         self.pattern, self.score, self.distribution, self.schedule = pattern, score, distribution, schedule
         self._clock = Clock(update_every, "update_every", "masks are updated")
         self.update_every, self.module, self.skip, self.mask_last = update_every, module, skip, mask_last
         self.regrow, self.seed, self.reset_monitors = regrow, seed, reset_monitors
+        self.labels, self.record_every_n_steps = labels, record_every_n_steps
         self._masker: Masker | None = None
         self._point = -1  # the last point in time at which an update was decided on
         self._finding = True  # what is last, in the first batch
         self._copies_behind = False  # after a cut of the structure
+        self._batches = 0
+        self._waited = 0  # batches, for something to score by
+        self._recording: ExitStack | None = None  # while a batch is recorded
 
     @property
     def masker(self) -> Masker:
@@ -91,6 +103,7 @@ class WeightPrune(SlimCallback):
         old = self._masker
         if old is None or old.model is not pl_module or not old.in_step:
             self._point, self._finding, self._copies_behind = -1, True, False
+            self._batches = self._waited = 0
             self._masker = Masker(
                 pl_module,
                 self.sparsity,
@@ -107,10 +120,10 @@ class WeightPrune(SlimCallback):
 
     def state_dict(self) -> dict[str, Any]:
         masker = self._masker.state_dict() if self._masker is not None and not self._finding else {}
-        return {"point": self._point, "masker": masker}
+        return {"point": self._point, "batches": self._batches, "masker": masker}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._point = state_dict["point"]
+        self._point, self._batches = state_dict["point"], state_dict["batches"]
         self._finding = not state_dict["masker"]
         if not self._finding:
             self.masker.load_state_dict(state_dict["masker"])
@@ -127,12 +140,25 @@ class WeightPrune(SlimCallback):
     # --- train ---
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_recording()  # a module that returns -1 from this hook skips the end of the batch
+        if not self._finding:
+            self._update_if_due(trainer, batch_idx)
+            due = self._batches % self.record_every_n_steps == 0
+            if self.masker.listens and (due or not self.masker.ready):
+                self._recording = ExitStack()
+                self._recording.enter_context(self.masker.recording())
+        self._batches += 1
+
+    def _update_if_due(self, trainer: Trainer, batch_idx: int) -> None:
         point = self._clock.point(trainer, batch_idx)
-        if point <= self._point or self._finding:
+        if point <= self._point:
             return
         progress = self._clock.progress(trainer, point)
-        if self.masker.schedule(progress) > 0 and not self.masker.ready:
-            return  # it will be, after the next step
+        if self.masker.schedule(progress) > 0 and not self.masker.agree(self.masker.ready):
+            self._waited += 1
+            if self._waited <= trainer.num_training_batches:  # what was not used in an epoch never is
+                return
+        self._waited = 0
         event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
         self._point = point
         if event is not None:
@@ -154,6 +180,9 @@ class WeightPrune(SlimCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._recording is not None:
+            self._stop_recording()
+            self.masker.hear(item_of(batch, self.labels, "`labels`") if self.masker.needs_labels else None)
         if self._finding and self.masker.prepared:
             self._finding = False
             self.masker.attach(trainer.optimizers)
@@ -174,9 +203,11 @@ class WeightPrune(SlimCallback):
             pl_module.log_dict(scalars)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_recording()
         self.masker.detach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_recording()
         self.masker.detach()
         if trainer.fast_dev_run or not self.masker.prepared:  # type: ignore[attr-defined]
             return
@@ -188,6 +219,11 @@ class WeightPrune(SlimCallback):
             )
 
     # --- details ---
+
+    def _stop_recording(self) -> None:
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
 
     def _scalars(self) -> dict[str, float]:
         masks = self.masker.masks.items()

@@ -18,15 +18,15 @@ class WeightScore(ABC):
     forgets: ClassVar[bool] = True  # whether that sum begins anew when the masks were updated
 
     @abstractmethod
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The scores of one weight; those that are not streamed do not look at `gradient`."""
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
+        """The scores of one weight; `beside` it is its gradient, which those that are not streamed do not look at."""
 
 
 @dataclass(frozen=True)
 class WeightMagnitude(WeightScore):
     """Absolute value (Han et al., 2015)."""
 
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
         return weight.abs()
 
 
@@ -39,7 +39,7 @@ class WeightLamp(WeightScore):
     of layers are those of LAMP.
     """
 
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
         squares = weight.double().square().flatten()
         ascending = squares.sort().values
         sums = ascending.flip(0).cumsum(0).flip(0)  # over an entry and all behind it
@@ -52,8 +52,8 @@ class WeightSaliency(WeightScore):
 
     streamed: ClassVar[bool] = True
 
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return (weight * gradient).abs()
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
+        return (weight * beside).abs()
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,5 @@ class WeightMovement(WeightScore):
     streamed: ClassVar[bool] = True
     forgets: ClassVar[bool] = False
 
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return -weight * gradient
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
+        return -weight * beside

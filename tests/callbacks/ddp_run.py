@@ -15,7 +15,8 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_slim import Global, Granger, InputScreening, Linear, WeightPrune, WeightSaliency
+import lightning_slim
+from lightning_slim import Global, Granger, InputScreening, Linear, WeightPrune
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
@@ -56,8 +57,9 @@ def main() -> None:
         model, callback, data = Classifier(), InputScreening(), batches(Subset(digits()[0], range(1792)))
     elif kind == "blocks":
         model, callback, data = Deep(), both(Granger(0)), loader(64)
-    elif kind == "masks":
-        how = {"score": WeightSaliency(), "distribution": Global(), "schedule": Linear(0.0, 4 / 6)}
+    elif kind.startswith("Weight"):
+        score = getattr(lightning_slim, kind)()
+        how = {"score": score, "distribution": Global(), "schedule": Linear(0.0, 4 / 6), "record_every_n_steps": 3}
         model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, **how), loader(64)
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
@@ -73,7 +75,7 @@ def main() -> None:
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
     fit.fit(model, data, ckpt_path=checkpoint[0] if checkpoint else None)
-    events = callback.events if kind == "masks" else [] if kind == "inputs" else callback.history.events
+    events = callback.events if kind.startswith("Weight") else [] if kind == "inputs" else callback.history.events
     assert callback.event if kind == "inputs" else len(events) == 2
 
 

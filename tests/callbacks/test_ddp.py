@@ -14,7 +14,9 @@ import torch
 from sklearn.feature_selection import f_classif
 from statsmodels.stats.multitest import multipletests
 
+from lightning_slim import WeightScore, WeightWanda
 from tests.callbacks.screened import digits
+from tests.masks.test_contract import SCORES
 from tests.networks import same
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
@@ -70,8 +72,13 @@ def test_ranks_are_equal_after_a_resume_too(tmp_path: Path) -> None:
     assert first[-1]["weights"]["net.c1.weight"].shape == straight[-1]["weights"]["net.c1.weight"].shape
 
 
-def test_ranks_mask_the_same_weights(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "masks", "plain")
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind is WeightWanda else pytest.param(kind, marks=pytest.mark.slow) for kind in SCORES],
+)
+def test_ranks_mask_the_same_weights(tmp_path: Path, kind: type[WeightScore]) -> None:
+    """Inputs are other ones on each rank: what rank 0 heard decides."""
+    first, second = run(tmp_path, kind.__name__, "plain")
     assert len(first) == len(second) == 24
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     masked = [first[-1]["weights"][f"net.{name}.weight"] for name in ("c1", "c2", "dw", "up", "fc1")]

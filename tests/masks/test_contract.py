@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 
 import pytest
@@ -10,8 +11,15 @@ from torch import Tensor
 
 from lightning_slim.masks import NM, Block, Distribution, Global, Layer, Pattern, Uniform, Unstructured, WeightScore
 
+
+def concrete(base: type) -> list[type]:
+    """All classes of a kind that can be made."""
+    below = [kind for child in base.__subclasses__() for kind in (child, *concrete(child))]
+    return [kind for kind in below if not inspect.isabstract(kind)]
+
+
 PATTERNS = [*(kind() for kind in Pattern.__subclasses__()), NM(1, 4), NM(2, 3), Block(2, 3), Block(8, 6)]
-DISTRIBUTIONS, SCORES = Distribution.__subclasses__(), WeightScore.__subclasses__()
+DISTRIBUTIONS, SCORES = Distribution.__subclasses__(), concrete(WeightScore)
 
 
 def stack(seed: int = 0) -> Tensor:
