@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_slim import Masker, OneShot
 from lightning_slim.masks import NM, Block, Distribution, Global, Layer, Pattern, Uniform, Unstructured, WeightScore
 
 
@@ -119,6 +120,26 @@ def test_zeros_add_up_to_what_is_asked(kind: type[Distribution], sparsity: float
     assert all(0 <= removed[name] < layer.pieces for name, layer in layers.items())
     rounding = 0 if kind is not Uniform else len(layers) / 2
     assert abs(sum(removed.values()) - round(sparsity * total)) <= rounding
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("kind", SCORES)
+def test_every_score_fills_every_pattern_to_the_entry(kind: type[WeightScore], pattern: Pattern) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(12, 24, 3), nn.Tanh(), nn.ConvTranspose1d(24, 24, 1), nn.Flatten(), nn.Linear(48, 16))
+    masker = Masker(net, None if pattern.sparsity else 0.75, pattern, kind(), schedule=OneShot(0.5), mask_last=True)
+    masker.prepare()
+    with masker.recording():
+        net(torch.randn(20, 12, 4)).square().mean().backward()
+    masker.hear(torch.arange(20) % 3)
+    masker.observe(torch.optim.SGD(net.parameters()))
+    masker.update(1.0)
+    for name, mask in masker.masks.items():
+        assert int((~mask).sum()) == round(masker.sparsity * mask.numel() / pattern.piece) * pattern.piece
+        assert torch.equal(net.get_parameter(name) != 0, mask)
+        if isinstance(pattern, NM):
+            inputs = mask.movedim(0 if name == "2.weight" else 1, -1)  # a transposed one has its inputs first
+            assert (inputs.reshape(-1, pattern.m).sum(1) == pattern.n).all()
 
 
 @pytest.mark.parametrize("kind", SCORES)
