@@ -56,6 +56,20 @@ def test_blocks_by_hand() -> None:
     assert Block(2, 2).choose(scores, 3)[0].int().tolist() == expected
 
 
+def test_tiles_of_outputs_are_dense_products_of_inputs_of_their_own() -> None:
+    """Tile-wise sparsity: of the outputs of a tile, each reads the same inputs, and other tiles read others."""
+    weight, x = torch.randn(12, 10, dtype=torch.double), torch.randn(10, dtype=torch.double)
+    mask = Block(4, 1).choose(stacked(weight.abs()), 18)[0]
+    tiles, made = [], []
+    for first in range(0, 12, 4):
+        reads = mask[first]
+        tiles.append(reads.tolist())
+        made.append(weight[first : first + 4, reads] @ x[reads])
+    torch.testing.assert_close(torch.cat(made), (weight * mask) @ x)
+    assert len({tuple(reads) for reads in tiles}) == 3
+    assert sum(map(sum, tiles)) == 30 - 18
+
+
 def test_n_of_m_lies_along_the_inputs_of_a_convolution() -> None:
     conv = nn.Conv2d(8, 6, 3)
     mask = unstacked(NM().choose(stacked(conv.weight.detach().abs()), 216), (6, 8, 3, 3))
