@@ -203,6 +203,7 @@ class Masker:
             for name, weight in self.weights.items():
                 if weight.grad is not None and id(weight) in held:
                     score = self.score(weight.detach(), weight.grad).float()
+                    score = score.nan_to_num(0.0, 0.0, 0.0)  # the step will be skipped: mixed precision overflowed
                     self._sums[name] = self._sums[name] + score if name in self._sums else score
 
     @contextmanager

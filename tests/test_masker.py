@@ -206,6 +206,23 @@ def test_streamed_scores_are_means_over_steps() -> None:
     assert torch.equal(masker.masks["0.weight"], expected > expected.flatten().kthvalue(64).values)
 
 
+@pytest.mark.parametrize("score", [WeightSaliency(), WeightMovement()], ids=str)
+def test_gradients_that_overflowed_are_not_added_up(score: Any) -> None:
+    net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters())
+    masker = Masker(net, 0.5, score=score, schedule=OneShot(0.0))
+    masker.prepare(loss_of(net))
+    for scale in (torch.inf, 1.0, torch.nan):
+        net.zero_grad()
+        (scale * loss_of(net)).backward()
+        masker.observe(optimizer)
+    net.zero_grad()
+    loss_of(net).backward()
+    for name, sums in masker.state_dict()["sums"].items():
+        weight = net.get_parameter(name)
+        assert torch.equal(sums, score(weight, weight.grad))
+
+
 def test_what_moves_toward_zero_goes_however_large_it_is() -> None:
     """Negative scores; they add up over the whole run, and what is gone stays gone."""
     net = perceptron()

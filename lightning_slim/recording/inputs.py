@@ -122,7 +122,7 @@ class InputRecorder:
             size: what was gathered of inputs -> one number each.
         """
         weight = self.model.get_parameter(name)
-        numbers = torch.cat([size(told) for told in self.told[name]]).to(weight.device)
+        numbers = torch.cat([size(told) for told in self.told[name]]).float().to(weight.device)
         if _axis(self._layer(name)) == 1:
             numbers = numbers.view(-1, weight.shape[1])
             if len(numbers) > 1:  # the rows of every group read inputs of their own
