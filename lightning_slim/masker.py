@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_slim.history import MaskEvent
 from lightning_slim.masks import (
+    LAYERS,
     Distribution,
+    InputScore,
     Layer,
     Pattern,
     Regrowth,
@@ -25,9 +29,11 @@ from lightning_slim.masks import (
     find_last,
     find_weights,
     stacked,
+    transposed_groups,
     unstacked,
 )
 from lightning_slim.ranks import Agree, alone
+from lightning_slim.recording import InputRecorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import StructureChange
@@ -96,9 +102,10 @@ class Masker:
         self.events: list[MaskEvent] = []
         self.agree: Agree = alone  # several processes: what rank 0 says
         self._sums: dict[str, Float[Tensor, "..."]] = {}  # scores that are streamed
-        self._steps = 0  # that were added up there
+        self._inputs: InputRecorder | None = None  # what is read, if the score looks at that
         self._gradients: dict[str, Float[Tensor, "..."]] = {}  # the last ones, of all entries, to regrow by
         self._aliases: dict[str, str] = {}  # every name of a masked weight -> the one that it is masked under
+        self._readers: dict[str, list[str]] = {}  # masked weight -> its names in layers that read with it
         self._attached = False
         self._handles: list[RemovableHandle] = []
 
@@ -110,7 +117,22 @@ class Masker:
     @property
     def ready(self) -> bool:
         """Whether there is something to score by."""
-        return self.prepared and (self._steps > 0 or not self.score.streamed)
+        return self.prepared and not self.unheard
+
+    @property
+    def unheard(self) -> list[str]:
+        """The masked weights that the score has heard nothing of since it began anew: no gradient, or no inputs."""
+        return [name for name in self.masks if not self._heard_of(name)]
+
+    @property
+    def listens(self) -> bool:
+        """Whether the score looks at what weights read: there is something to record."""
+        return self._inputs is not None
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `hear` must be told labels."""
+        return self._inputs is not None and self._inputs.needs_labels
 
     @property
     def in_step(self) -> bool:
@@ -136,7 +158,7 @@ class Masker:
             loss: a loss of the model, with its graph: it tells which layers are last. None: none is.
 
         Raises:
-            ValueError: nothing can be masked, or a weight does not fit the pattern.
+            ValueError: nothing can be masked, or a weight does not fit the pattern or the score.
         """
         check_skip(self.model, [*self.skip, *([self.module] if self.module else [])])
         weights = find_weights(self.model, self.module, self.skip)
@@ -149,10 +171,11 @@ class Masker:
                 "embedding weights but those that are skipped, frozen or right before the loss."
             )
         for name, weight in weights.items():
-            if wrong := self.pattern.refuses(stacked(weight).shape):
+            if wrong := self.pattern.refuses(self._stacked(name, weight).shape):
                 raise ValueError(f"{wrong} ({name}, with `skip`).")
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         self._name()
+        self._inputs = self._listen()
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """From now on gradients are masked, and weights are zeroed after each step of these optimizers."""
@@ -161,6 +184,8 @@ class Masker:
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
         for name, weight in self.weights.items():
             self.masks[name] = self.masks[name].to(weight.device)
+            if name in self._sums:
+                self._sums[name] = self._sums[name].to(weight.device)
             self._handles.append(weight.register_hook(self._masking(name)))  # type: ignore[no-untyped-call]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
 
@@ -178,8 +203,26 @@ class Masker:
             for name, weight in self.weights.items():
                 if weight.grad is not None and id(weight) in held:
                     score = self.score(weight.detach(), weight.grad).float()
+                    score = score.nan_to_num(0.0, 0.0, 0.0)  # the step will be skipped: mixed precision overflowed
                     self._sums[name] = self._sums[name] + score if name in self._sums else score
-            self._steps += 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What weights read in forward passes within is heard, as one step, if the score looks at that."""
+        with self._inputs.recording() if self._inputs is not None else nullcontext():
+            yield
+
+    def hear(self, labels: Tensor | None = None) -> None:
+        """Ends a step that was recorded.
+
+        Args:
+            labels: of each item of the batch; needed if `needs_labels`.
+
+        Raises:
+            ValueError: labels are missing, or are not there once for each item.
+        """
+        if self._inputs is not None:
+            self._inputs.hear(labels)
 
     @torch.inference_mode(False)
     def update(
@@ -201,29 +244,39 @@ class Masker:
 
         Returns:
             What was done; None if nothing was due.
+
+        Raises:
+            ValueError: something is due, and of some weights the score has heard nothing.
         """
         asked = self.sparsity * self.schedule(progress)
         exchange = self.regrow is not None and self.events and self.events[-1].asked == self.sparsity
         if asked <= self.reached and not exchange:
             return None
+        if unheard := self.agree(self.unheard):
+            raise ValueError(
+                f"Expected every masked weight to be used since the last update, got nothing to score {unheard} by: "
+                "leave these layers out with `skip`, or choose a score that looks at weights only."
+            )
         new: dict[str, Tensor] = self.agree(self._exchange(progress) if exchange else self._choose(asked))
         if all(torch.equal(new[name], mask) for name, mask in self.masks.items()):
             return None
         regrown = sum(int((new[name].to(mask.device) & ~mask).sum()) for name, mask in self.masks.items())
         self.masks = {name: new[name].to(weight.device) for name, weight in self.weights.items()}
-        self._sums, self._steps = {}, 0
+        if self.score.forgets:
+            self._sums = {}
+            if self._inputs is not None:
+                self._inputs.forget()
+        # What comes back one day begins at zero.
+        self._sums = {name: sums.masked_fill(~self.masks[name], 0) for name, sums in self._sums.items()}
         for model in (self.model, *copies):
             self.apply(model)
         self._forget(optimizers)
         self.events.append(self._event(progress, asked, global_step, regrown))
         return self.events[-1]
 
-    @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Zeroes what is masked in the model, or in a copy of it."""
-        for name, mask in self.masks.items():
-            weight = model.get_parameter(name)
-            weight.masked_fill_(~mask.to(weight.device), 0)
+        self._zero({name: model.get_parameter(name) for name in self.masks})
 
     def follow(self, change: StructureChange) -> None:
         """Cuts the masks as the model was cut. Rows and columns break patterns: of cut weights, these are chosen anew.
@@ -231,20 +284,23 @@ class Masker:
         Args:
             change: the cut, which the model and its optimizers have been through already.
         """
-        gone, dropped = positions_gone(change.groups, change.plan), blocks_gone(change.groups, change.plan)
+        gone, dropped = self._gone(change), blocks_gone(change.groups, change.plan)
         stand = {name for name in self.masks if not any(name.startswith(f"{path}.") for path in dropped)}
-        cut = {name for name, _ in gone if self._aliases.get(name, name) in stand}
+        cut = {name for name, _ in gone if name in stand}
         for held in (self.masks, self._sums, self._gradients):
             for name in held.keys() - stand:
                 del held[name]
-            for (alias, axis), at in gone.items():
-                name = self._aliases.get(alias, alias)
+            for (name, axis), at in gone.items():
                 if name in held:
                     held[name] = _without(held[name], axis, at)
+        if self._inputs is not None:
+            told = [alias for alias in self._inputs.told if not any(alias.startswith(f"{path}.") for path in dropped)]
+            of_told = {(a, axis): at for (name, axis), at in gone.items() for a in self._readers.get(name, ())}
+            self._inputs.keep(of_told, told)
         if self.pattern.aligned:
-            for name in {self._aliases.get(name, name) for name in cut} & self.masks.keys():
+            for name in cut:
                 mask = self.masks[name]
-                pieces = len(self.pattern.pool(stacked(mask.float())))
+                pieces = len(self.pattern.pool(self._stacked(name, mask.float())))
                 self.masks[name] = self._mask(name, round((1 - float(mask.double().mean())) * pieces))
         self._name()
         self.apply(self.model)
@@ -255,28 +311,39 @@ class Masker:
             "masks": dict(self.masks),
             "last": sorted(self.last),
             "sums": dict(self._sums),
-            "steps": self._steps,
+            "inputs": self._inputs.state_dict() if self._inputs is not None else {},
             "gradients": dict(self._gradients),
             "events": [vars(event).copy() for event in self.events],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, on a model of the same shapes."""
-        self.masks, self._sums, self._steps = dict(state["masks"]), dict(state["sums"]), state["steps"]
+        self.masks, self._sums = dict(state["masks"]), dict(state["sums"])
         self.last, self._gradients = set(state["last"]), dict(state["gradients"])
         self.events = [MaskEvent(**event) for event in state["events"]]
         self._name()
+        self._inputs = self._listen()
+        if self._inputs is not None:
+            self._inputs.load_state_dict(state["inputs"])
 
     # --- details ---
 
     def _choose(self, asked: float) -> dict[str, Tensor]:
-        scores = {name: stacked(self._scores(name)) for name in self.masks}
+        scores = {name: self._stacked(name, self._scores(name)) for name in self.masks}
         layers = {n: Layer(tuple(self.masks[n].shape), self.pattern.pool(stack)) for n, stack in scores.items()}
         return {name: self._mask(name, removed) for name, removed in self.distribution(layers, asked).items()}
 
     def _mask(self, name: str, removed: int) -> Bool[Tensor, "..."]:
-        chosen = self.pattern.choose(stacked(self._scores(name)), removed)
-        return unstacked(chosen, tuple(self.masks[name].shape)).contiguous()
+        return self._chosen(name, self._scores(name), removed)
+
+    def _chosen(self, name: str, scores: Float[Tensor, "..."], removed: int) -> Bool[Tensor, "..."]:
+        """The mask of one weight, in its shape, that scores of its shape lead to."""
+        stack = self.pattern.choose(self._stacked(name, scores), removed)
+        return unstacked(stack, tuple(scores.shape), transposed_groups(self.model, name)).contiguous()
+
+    def _stacked(self, name: str, tensor: Tensor) -> Tensor:
+        """What has the shape of a weight, as its pattern sees it."""
+        return stacked(tensor, transposed_groups(self.model, name))
 
     def _exchange(self, progress: float) -> dict[str, Tensor]:
         """Masks of the same density; what matters least of what stays makes room for what comes back."""
@@ -284,22 +351,42 @@ class Masker:
         new = {}
         generator = torch.Generator().manual_seed(self.seed + len(self.events))
         for name, mask in self.masks.items():
-            pieces = len(self.pattern.pool(stacked(mask.float())))
+            pieces = len(self.pattern.pool(self._stacked(name, mask.float())))
             gone = round((1 - float(mask.double().mean())) * pieces)
             exchanged = min(round(self.regrow.share(progress) * (pieces - gone)), gone)
             survives = self._mask(name, gone + exchanged)
             back = self.regrow(self._gradients.get(name, torch.zeros_like(mask, dtype=torch.float)).float(), generator)
             back = back.to(mask.device).masked_fill(mask, -torch.inf).masked_fill(survives, torch.inf)
-            chosen = self.pattern.choose(stacked(back), gone)
-            new[name] = unstacked(chosen, tuple(mask.shape)).contiguous()
+            new[name] = self._chosen(name, back, gone)
         return new
 
     @torch.no_grad()
     def _scores(self, name: str) -> Float[Tensor, "..."]:
-        """Scores of one weight; what is gone comes behind all that stays."""
+        """Scores of one weight; what is gone comes behind all that stays. Magnitudes, where nothing was heard."""
         weight = self.model.get_parameter(name)
-        score = self._sums.get(name, torch.zeros_like(weight)) if self.score.streamed else self.score(weight, weight)
+        if not self._heard_of(name):
+            score = weight.abs()
+        elif isinstance(self.score, InputScore) and self._inputs is not None:
+            readers = [reader for reader in self._readers[name] if self._inputs.has_heard(reader)]
+            sizes = [self._inputs.of_entries(reader, self.score.size) for reader in readers]
+            score = self.score(weight, reduce(torch.hypot, sizes))
+        else:
+            score = self._sums[name] if self.score.streamed else self.score(weight, weight)
         return score.float().masked_fill(~self.masks[name].to(weight.device), -torch.inf)
+
+    def _listen(self) -> InputRecorder | None:
+        """A recorder of what weights read, if the score looks at that."""
+        if not isinstance(self.score, InputScore):
+            return None
+        return InputRecorder(
+            self.model, [r for readers in self._readers.values() for r in readers], self.score.witnesses
+        )
+
+    def _heard_of(self, name: str) -> bool:
+        """Whether there is something to score a weight by."""
+        if self._inputs is not None:
+            return any(self._inputs.has_heard(reader) for reader in self._readers[name])
+        return name in self._sums or not self.score.streamed
 
     def _masking(self, name: str) -> Callable[[Tensor], Tensor | None]:
         """A hook on a gradient. A cut hands it on to the new parameter, so that it looks its mask up."""
@@ -308,13 +395,27 @@ class Masker:
             if not self._attached or name not in self.masks:
                 return None
             if self.regrow is not None and self.regrow.needs_gradients:
-                self._gradients[name] = gradient.detach().clone()
+                self._gradients[name] = gradient.detach()  # not changed any more: what goes on is the masked one
             return gradient.masked_fill(~self.masks[name], 0)
 
         return hook
 
+    def _gone(self, change: StructureChange) -> dict[tuple[str, int], Int[Tensor, "gone"]]:
+        """(weight, axis) -> the positions that a cut removed, under whichever of the weight's names it says so."""
+        gone: dict[tuple[str, int], Tensor] = {}
+        for (alias, axis), at in positions_gone(change.groups, change.plan).items():
+            place = self._aliases.get(alias, alias), axis
+            gone[place] = torch.unique(torch.cat([gone.get(place, at), at]))
+        return gone
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.apply(self.model)
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        self._zero({name: weight for name, weight in self.weights.items() if weight in held})
+
+    @torch.no_grad()
+    def _zero(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            weight.masked_fill_(~self.masks[name].to(weight.device), 0)
 
     @torch.no_grad()
     def _forget(self, optimizers: Iterable[Optimizer]) -> None:
@@ -343,6 +444,10 @@ class Masker:
         first = {id(weight): name for name, weight in self.weights.items()}
         named = self.model.named_parameters(remove_duplicate=False)
         self._aliases = {name: first[id(p)] for name, p in named if id(p) in first}
+        self._readers = {name: [] for name in self.masks}
+        for alias, name in self._aliases.items():
+            if isinstance(self.model.get_submodule(alias.rpartition(".")[0]), LAYERS):
+                self._readers[name].append(alias)
 
 
 def sparsity_of(pattern: Pattern, sparsity: float | None, distribution: Distribution) -> float:

@@ -47,6 +47,16 @@ class Witness(ABC):
         """What must be held of one arrival until the step is over: by default the mean over its positions."""
         return in_full(units).mean(1)
 
+    def hold_tokens(self, tokens: Int[Tensor, "items positions"], number: int) -> Tensor:
+        """`hold` of tokens as one-hot units, without making these: by default the mean over positions, too.
+
+        Args:
+            tokens: numbers of the units that are 1.
+            number: of units.
+        """
+        each = torch.ones_like(tokens, dtype=torch.float) / tokens.shape[1]
+        return torch.zeros(len(tokens), number, device=tokens.device).scatter_add_(1, tokens.long(), each)
+
     @abstractmethod
     def add(self, gathered: Any, held: Tensor, known: Any) -> Gathered:
         """Adds what was held to what was gathered.

@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "report": {"profile", "surgery", "weight_norm"},
     "input_evidence": {"statistics"},
     "input_screener": {"eager", "history", "input_evidence", "ranks", "surgery", "units"},
-    "masks": {"flows", "skipping", "weight_norm"},
-    "masker": {"history", "masks", "ranks", "schedules", "skipping", "surgery", "units"},
+    "masks": {"flows", "scores", "skipping", "statistics", "weight_norm", "witness"},
+    "masker": {"history", "masks", "ranks", "recording", "schedules", "skipping", "surgery", "units"},
     "candidates": {"scores", "skipping", "surgery", "units"},
     "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {

@@ -24,6 +24,7 @@ from lightning_slim import (
     RigL,
     Uniform,
     Unstructured,
+    WeightMovement,
     WeightSaliency,
     find_groups,
     migrate,
@@ -205,6 +206,79 @@ def test_streamed_scores_are_means_over_steps() -> None:
     assert torch.equal(masker.masks["0.weight"], expected > expected.flatten().kthvalue(64).values)
 
 
+@pytest.mark.parametrize("score", [WeightSaliency(), WeightMovement()], ids=str)
+def test_gradients_that_overflowed_are_not_added_up(score: Any) -> None:
+    net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters())
+    masker = Masker(net, 0.5, score=score, schedule=OneShot(0.0))
+    masker.prepare(loss_of(net))
+    for scale in (torch.inf, 1.0, torch.nan):
+        net.zero_grad()
+        (scale * loss_of(net)).backward()
+        masker.observe(optimizer)
+    net.zero_grad()
+    loss_of(net).backward()
+    for name, sums in masker.state_dict()["sums"].items():
+        weight = net.get_parameter(name)
+        assert torch.equal(sums, score(weight, weight.grad))
+
+
+def test_what_moves_toward_zero_goes_however_large_it_is() -> None:
+    """Negative scores; they add up over the whole run, and what is gone stays gone."""
+    net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    masker = Masker(net, 0.5, score=WeightMovement(), schedule=Linear(0.0, 1.0))
+    masker.prepare(loss_of(net))
+    masker.attach([optimizer])
+    moved = torch.zeros(16, 8)
+    for tenth in range(1, 11):
+        optimizer.zero_grad()
+        loss_of(net, tenth).backward()
+        masker.observe(optimizer)
+        moved -= (net[0].weight * net[0].weight.grad).detach()
+        optimizer.step()
+        before = masker.masks["0.weight"]
+        masker.update(tenth / 10, [optimizer])
+        stays = moved.masked_fill(~before, -torch.inf)
+        expected = stays > stays.flatten().kthvalue(round(6.4 * tenth)).values
+        assert torch.equal(masker.masks["0.weight"], expected)
+    assert (moved[masker.masks["0.weight"]] < 0).any()
+    assert masker.reached == 0.5
+
+
+def test_what_comes_back_has_not_moved_yet() -> None:
+    net = perceptron()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    masker = Masker(net, 0.5, score=WeightMovement(), schedule=OneShot(0.0), regrow=SET(end=1.0))
+    masker.prepare(loss_of(net))
+    masker.attach([optimizer])
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        masker.observe(optimizer)
+        optimizer.step()
+        masker.update(step / 10, [optimizer])
+        assert [int((~mask).sum()) for mask in masker.masks.values()] == [64, 96]
+        sums = masker.state_dict()["sums"]
+        assert all(bool((sums[n][~mask] == 0).all() and (sums[n][mask] != 0).any()) for n, mask in masker.masks.items())
+
+
+def test_a_step_zeroes_only_what_its_optimizer_holds() -> None:
+    net = perceptron()
+    first, second = (torch.optim.SGD(net[i].parameters(), lr=0.1) for i in (0, 2))
+    masker = masked(net, [first, second])
+    masks = masker.masks
+    loss_of(net).backward()
+    with torch.no_grad():  # as if both had moved what is gone
+        net[0].weight += 1
+        net[2].weight += 1
+    second.step()
+    assert (net[2].weight[~masks["2.weight"]] == 0).all()
+    assert (net[0].weight[~masks["0.weight"]] == 1).all()
+    first.step()
+    assert zeros(net, masker)
+
+
 def test_copies_are_zeroed_alike() -> None:
     net = perceptron()
     average = copy.deepcopy(net)
@@ -304,6 +378,70 @@ def test_masks_are_cut_with_their_layers(pattern: Pattern) -> None:
         assert all(bool((p.grad[~masker.masks[n]] == 0).all()) for n, p in masker.weights.items())
         optimizer.step()
         assert zeros(net, masker)
+
+
+class Attends(nn.Module):
+    """Attention and a transposed convolution, both of which lose units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.attention = nn.Linear(8, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.last = nn.ConvTranspose1d(16, 12, 2, 2), nn.Conv1d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inp(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.last(F.relu(self.up(x.transpose(1, 2))))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4), NM(1, 4), Block(4, 1)], ids=str)
+def test_attention_and_transposed_convolutions_are_masked_and_cut(pattern: Pattern) -> None:
+    net, x = Attends(), torch.randn(3, 5, 8)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    sparsity = pattern.sparsity or 0.5
+    masker = Masker(net, sparsity, pattern, schedule=OneShot(0.0))
+    masker.prepare(net(x).square().mean())
+    masker.attach([optimizer])
+    masker.update(1.0, [optimizer])
+    names = {"inp.weight", "attention.in_proj_weight", "attention.out_proj.weight", "up.weight"}
+    assert masker.masks.keys() == names
+    assert all(int((w == 0).sum()) == sparsity * w.numel() for w in masker.weights.values())
+    groups = {group.name: group for group in find_groups(net, x)}
+    plan = Plan(
+        {"attention.heads": torch.tensor([1, 0, 1, 1]) > 0, "inp": torch.arange(16) % 4 > 0, "up": torch.arange(12) > 3}
+    )
+    before = dict(masker.masks)
+    migrate(optimizer, remove_units(net, groups.values(), plan))
+    masker.follow(StructureChange([*groups.values()], plan))
+    rows = torch.cat([torch.arange(16) // 4 != 1] * 3)
+    if pattern == Unstructured():
+        assert torch.equal(
+            masker.masks["attention.in_proj_weight"], before["attention.in_proj_weight"][rows][:, plan["inp"]]
+        )
+        assert torch.equal(masker.masks["up.weight"], before["up.weight"][plan["inp"]][:, plan["up"]])
+    elif isinstance(pattern, NM):
+        assert (masker.masks["up.weight"].view(3, 4, 8, 2).sum(1) == pattern.n).all()  # inputs are the first axis
+        assert (masker.masks["attention.in_proj_weight"].view(36, 3, 4).sum(2) == pattern.n).all()
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+        assert zeros(net, masker)
+
+
+def test_a_tied_weight_is_cut_once() -> None:
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 20, bias=False), nn.Linear(20, 3))
+    net[3].weight = net[0].weight
+    x = torch.randint(0, 20, (2, 5))
+    masker = masked(net, loss=net(x).sum(), sparsity=0.5)
+    before, (group,) = masker.masks["0.weight"], find_groups(net, x)
+    plan = Plan({group.name: torch.arange(8) % 4 != 1})
+    remove_units(net, [group], plan)
+    masker.follow(StructureChange([group], plan))
+    assert torch.equal(masker.masks["0.weight"], before[:, plan[group.name]])
+    assert masker.masks["1.weight"].shape == (6, 6)
+    assert zeros(net, masker)
 
 
 def test_the_state_is_restored_to_the_bit() -> None:

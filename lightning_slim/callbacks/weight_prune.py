@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
+from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.clock import Clock
 from lightning_slim.callbacks.companions import copies, reset_monitors
 from lightning_slim.callbacks.phases import FineTuning, When, check_when
@@ -28,8 +30,8 @@ from lightning_slim.surgery import StructureChange
 class WeightPrune(SlimCallback):
     """Zeroes weights while the model trains, and keeps them exactly zero: the network gets sparse, not smaller.
 
-    Linear layers, convolutions that are not transposed, recurrent layers and embeddings are masked, as far as they
-    train; never biases and norms, nor the last layers, which are found from the first loss. Weights stay plain
+    Linear layers, convolutions, recurrent layers, embeddings and the projections of attention are masked, as far as
+    they train; never biases and norms, nor the last layers, which are found from the first loss. Weights stay plain
     parameters: a checkpoint's `state_dict` has the keys of a dense one.
 
     Args:
@@ -46,6 +48,8 @@ class WeightPrune(SlimCallback):
         regrow: once the schedule is done, dynamic sparse training: at every update some weights are exchanged for
             others at the same sparsity, `RigL()` or `SET()`. None: what is gone stays gone.
         seed: of what comes back by chance.
+        labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
+        record_every_n_steps: how often scores that look at what weights read do so.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each update: what was best before was
             best of a denser model. Files of the old best stay on disk.
         when: `"during"` training, on the schedule; at the `"start"`, before the first step of the optimizer, all of it
@@ -71,6 +75,8 @@ class WeightPrune(SlimCallback):
         mask_last: bool = False,
         regrow: Regrowth | None = None,
         seed: int = 0,
+        labels: int | str = 1,
+        record_every_n_steps: int = 10,
         reset_monitors: bool = True,
         when: When = "during",
         probe_batches: int = 8,
@@ -81,6 +87,8 @@ class WeightPrune(SlimCallback):
         check_when(when, score, score.flow, probe_batches, rounds)
         if regrow is not None and score.flow is not None:
             raise ValueError(f"Expected a score that goes on while the network trains beside {regrow}, got {score}.")
+        if record_every_n_steps < 1:
+            raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.sparsity = sparsity_of(pattern, sparsity, distribution)
         self.pattern, self.score, self.distribution, self.schedule = pattern, score, distribution, schedule
         self._clock = Clock(update_every, "update_every", "masks are updated")
@@ -88,10 +96,14 @@ class WeightPrune(SlimCallback):
         self.regrow, self.seed, self.reset_monitors = regrow, seed, reset_monitors
         self.when, self.probe_batches, self.rounds = when, probe_batches, rounds
         self._tuning = FineTuning(finetune, finetune_lr)
+        self.labels, self.record_every_n_steps = labels, record_every_n_steps
         self._masker: Masker | None = None
         self._point = -1  # the last point in time at which an update was decided on
         self._finding = True  # what is last, in the first batch
         self._copies_behind = False  # after a cut of the structure
+        self._batches = 0
+        self._waited = 0  # batches, for something to score by
+        self._recording: ExitStack | None = None  # while a batch is recorded
 
     @property
     def masker(self) -> Masker:
@@ -113,6 +125,7 @@ class WeightPrune(SlimCallback):
         old = self._masker
         if old is None or old.model is not pl_module or not old.in_step:
             self._point, self._finding, self._copies_behind = -1, True, False
+            self._batches = self._waited = 0
             self._masker = Masker(
                 pl_module,
                 self.sparsity,
@@ -129,10 +142,11 @@ class WeightPrune(SlimCallback):
 
     def state_dict(self) -> dict[str, Any]:
         masker = self._masker.state_dict() if self._masker is not None and not self._finding else {}
-        return {"point": self._point, "rates": self._tuning.rates, "masker": masker}
+        return {"point": self._point, "batches": self._batches, "rates": self._tuning.rates, "masker": masker}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._point, self._tuning.rates = state_dict["point"], state_dict.get("rates", [])
+        self._point, self._batches = state_dict["point"], state_dict["batches"]
+        self._tuning.rates = state_dict["rates"]
         self._finding = not state_dict["masker"]
         if not self._finding:
             self.masker.load_state_dict(state_dict["masker"])
@@ -151,17 +165,33 @@ class WeightPrune(SlimCallback):
     # --- train ---
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_recording()  # a module that returns -1 from this hook skips the end of the batch
         if self.when == "start":
             self._mask_at_start(trainer, pl_module)
-            if self.regrow is None:
-                return
         self._tuning.follow(trainer, batch_idx)
+        if not self._finding and self._goes_on:
+            self._update_if_due(trainer, batch_idx)
+            due = self._batches % self.record_every_n_steps == 0
+            if self.masker.listens and (due or not self.masker.ready):
+                self._recording = ExitStack()
+                self._recording.enter_context(self.masker.recording())
+        self._batches += 1
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether masks change while the network trains."""
+        return self.when != "start" or self.regrow is not None
+
+    def _update_if_due(self, trainer: Trainer, batch_idx: int) -> None:
         point = self._clock.point(trainer, batch_idx)
-        if point <= self._point or self._finding:
+        if point <= self._point:
             return
         progress = self._clock.progress(trainer, point)
-        if self.masker.schedule(progress) > 0 and not self.masker.ready:
-            return  # it will be, after the next step
+        if self.masker.schedule(progress) > 0 and not self.masker.agree(self.masker.ready):
+            self._waited += 1
+            if self._waited <= trainer.num_training_batches:  # what was not used in an epoch never is
+                return
+        self._waited = 0
         self._update(trainer, progress)
         self._point = point
 
@@ -171,12 +201,15 @@ class WeightPrune(SlimCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.
-        if not self._finding and (self.when != "start" or self.regrow is not None):
+        if not self._finding and self._goes_on:
             self.masker.observe(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._recording is not None:
+            self._stop_recording()
+            self._hear(batch)
         if self._finding and self.masker.prepared:
             self._finding = False
             self.masker.attach(trainer.optimizers)
@@ -198,10 +231,12 @@ class WeightPrune(SlimCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._tuning.close()
+        self._stop_recording()
         self.masker.detach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tuning.close()
+        self._stop_recording()
         self.masker.detach()
         if trainer.fast_dev_run or not self.masker.prepared or self.when == "start":  # type: ignore[attr-defined]
             return
@@ -226,6 +261,10 @@ class WeightPrune(SlimCallback):
             for _ in probe.gradients(self.score.flow, calls) if self.score.streamed else ():
                 for optimizer in trainer.optimizers:
                     self.masker.observe(optimizer)
+            for number, batch in enumerate(probe.batches if self.masker.listens else []):
+                with self.masker.recording():
+                    probe.loss(number)
+                self._hear(batch)
             self._update(trainer, progress)
         self.masker.schedule, self._point, self._finding = OneShot(0.0), 0, False
         self.masker.attach(trainer.optimizers)
@@ -238,6 +277,15 @@ class WeightPrune(SlimCallback):
             rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
             for logger in trainer.loggers:
                 logger.log_metrics(self._scalars(), step=trainer.global_step)
+
+    def _hear(self, batch: Any) -> None:
+        """What a recorded batch tells, once it is over."""
+        self.masker.hear(item_of(batch, self.labels, "`labels`") if self.masker.needs_labels else None)
+
+    def _stop_recording(self) -> None:
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
 
     def _scalars(self) -> dict[str, float]:
         masks = self.masker.masks.items()

@@ -22,8 +22,8 @@ class WeightSynFlow(WeightScore):
     streamed: ClassVar[bool] = True
     flow: ClassVar[Flow | None] = SynapticFlow()
 
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return (weight * gradient).abs()
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
+        return (weight * beside).abs()
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ class WeightGraSP(WeightScore):
         """The gradient flow, at this temperature."""
         return GradientFlow(self.temperature)
 
-    def __call__(self, weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return weight * gradient
+    def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
+        return weight * beside

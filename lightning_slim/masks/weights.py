@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_slim.skipping import Skip, skips
 from lightning_slim.weight_norm import obstacle, weight_norm_of
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.Embedding)
+LAYERS = (nn.Linear, _ConvNd, nn.RNNBase, nn.Embedding, nn.MultiheadAttention)
 
 
 def find_weights(model: nn.Module, module: str = "", skip: Skip = ()) -> dict[str, nn.Parameter]:
     """The weights that can be masked: dotted name -> parameter; a tied one once, under its first name, if
     none of its layers stays whole.
 
-    Those of linear layers, convolutions that are not transposed, recurrent layers and embeddings, if they train. Never
-    biases and norms.
+    Those of linear layers, convolutions (transposed ones, too), recurrent layers, embeddings and the projections of
+    attention, if they train. Never biases and norms.
 
     Args:
         model: the network.
@@ -39,7 +40,7 @@ def find_weights(model: nn.Module, module: str = "", skip: Skip = ()) -> dict[st
         if reason:
             raise ValueError(f"Expected plain weights to mask, got {path or type(layer).__name__}, which {reason}.")
         for name, parameter in layer.named_parameters(recurse=False):
-            if name.startswith("weight") and parameter.requires_grad:
+            if "weight" in name and parameter.requires_grad:
                 found[f"{path}.{name}" if path else name] = parameter
     first: dict[int, str] = {}
     for name, parameter in found.items():
@@ -47,11 +48,29 @@ def find_weights(model: nn.Module, module: str = "", skip: Skip = ()) -> dict[st
     return {name: p for name, p in found.items() if first[id(p)] == name and id(p) not in whole}
 
 
-def stacked(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "taps rows inputs"]:
-    """A weight, or what has its shape, as a matrix of outputs by inputs for each tap of a kernel."""
+def transposed_groups(model: nn.Module, name: str) -> int:
+    """The number of groups of the transposed convolution that a weight belongs to; 0 if it belongs to none."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return layer.groups if isinstance(layer, _ConvNd) and layer.transposed else 0
+
+
+def stacked(tensor: Shaped[Tensor, "..."], transposed: int = 0) -> Shaped[Tensor, "taps rows inputs"]:
+    """A weight, or what has its shape, as a matrix of outputs by inputs for each tap of a kernel.
+
+    Args:
+        tensor: (outputs, inputs / groups, *taps); of a transposed convolution (inputs, outputs / groups, *taps).
+        transposed: groups of a transposed convolution; 0: it is none.
+    """
+    if transposed:
+        tensor = tensor.reshape(transposed, -1, *tensor.shape[1:]).transpose(1, 2).flatten(0, 1)
     return tensor.flatten(2).permute(2, 0, 1) if tensor.ndim > 2 else tensor.unsqueeze(0)
 
 
-def unstacked(stack: Shaped[Tensor, "taps rows inputs"], shape: tuple[int, ...]) -> Shaped[Tensor, "..."]:
+def unstacked(
+    stack: Shaped[Tensor, "taps rows inputs"], shape: tuple[int, ...], transposed: int = 0
+) -> Shaped[Tensor, "..."]:
     """The inverse of `stacked`."""
-    return stack.permute(1, 2, 0).reshape(shape)
+    tensor = stack.permute(1, 2, 0)
+    if transposed:
+        tensor = tensor.reshape(transposed, -1, *tensor.shape[1:]).transpose(1, 2)
+    return tensor.reshape(shape)

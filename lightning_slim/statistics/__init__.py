@@ -31,6 +31,7 @@ from lightning_slim.statistics.preprocessing import differences, over_rolling_rm
 from lightning_slim.statistics.screening import Screening
 from lightning_slim.statistics.series import thinned, with_lags
 from lightning_slim.statistics.spectral import BivariateVAR, SpectralCausality, fit_var, spectral_causality
+from lightning_slim.statistics.spread import MeanAndVariance, Spread
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "JointMoments",
     "KruskalWallis",
     "LagOrder",
+    "MeanAndVariance",
     "Moments",
     "MultilabelAnova",
     "MutualInformation",
@@ -63,6 +65,7 @@ __all__ = [
     "RidgeImportance",
     "Screening",
     "SpectralCausality",
+    "Spread",
     "Stationarity",
     "Tested",
     "adjusted_log_p",

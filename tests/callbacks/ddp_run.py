@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import lightning_slim
 from lightning_slim import (
     AccuracyBudget,
     Global,
@@ -26,7 +27,6 @@ from lightning_slim import (
     Sensitivity,
     Taylor,
     WeightPrune,
-    WeightSaliency,
 )
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
@@ -36,6 +36,7 @@ from tests.callbacks.test_resume import prune
 from tests.callbacks.test_start import cut
 from tests.callbacks.test_start import masked as start_masked
 
+ROUNDS = {"start masks": 1, "WeightGraSP": 1, "WeightSynFlow": 100}
 STRATEGIES = {
     "plain": {},
     "static": {"static_graph": True},
@@ -71,9 +72,11 @@ def main() -> None:
         model, callback, data = Classifier(), InputScreening(), batches(Subset(digits()[0], range(1792)))
     elif kind == "blocks":
         model, callback, data = Deep(), both(Granger(0)), loader(64)
-    elif kind == "masks":
-        how = {"score": WeightSaliency(), "distribution": Global(), "schedule": Linear(0.0, 4 / 6)}
-        model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, **how), loader(64)
+    elif kind.startswith("Weight"):
+        score = getattr(lightning_slim, kind)()
+        how = {"score": score, "distribution": Global(), "schedule": Linear(0.0, 4 / 6), "record_every_n_steps": 3}
+        when = "during" if score.flow is None else "start"
+        model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, when=when, **how), loader(64)
     elif kind == "guard":
         budget = AccuracyBudget("val_loss", 0.0, "min", step=0.5, patience=1, reference=0.0)  # no step is good enough
         model, data = Lit(), loader(64)
@@ -83,7 +86,7 @@ def main() -> None:
     elif kind == "start":
         model, callback, data = Lit(), cut(GraSP(), compensate="least_squares", rounds=2), loader(64)
     elif kind == "start masks":
-        model, callback, data = Lit(), start_masked(probe_batches=1), loader(64)
+        model, callback, data = Lit(), start_masked(probe_batches=1, distribution=Global(0.0)), loader(64)
     elif kind == "end":
         model, callback, data = Lit(), end_cut(schedule=Linear(0.0, 2 / 3)), loader(64)
     else:
@@ -107,8 +110,10 @@ def main() -> None:
         (Path(folder) / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
     if validated:
         return
-    events = callback.events if "masks" in kind else [] if kind == "inputs" else callback.history.events
-    assert callback.event if kind == "inputs" else len(events) == (1 if kind == "start masks" else 2)
+    events = (
+        callback.events if isinstance(callback, WeightPrune) else [] if kind == "inputs" else callback.history.events
+    )
+    assert callback.event if kind == "inputs" else len(events) == ROUNDS.get(kind, 2)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from sklearn.feature_selection import f_classif
 from statsmodels.stats.multitest import multipletests
 
+from lightning_slim import WeightScore, WeightWanda
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import digits
+from tests.masks.test_contract import SCORES
 from tests.networks import images, same
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
@@ -73,11 +75,16 @@ def test_ranks_are_equal_after_a_resume_too(tmp_path: Path) -> None:
     assert first[-1]["weights"]["net.c1.weight"].shape == straight[-1]["weights"]["net.c1.weight"].shape
 
 
-def test_ranks_mask_the_same_weights(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "masks", "plain")
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind is WeightWanda else pytest.param(kind, marks=pytest.mark.slow) for kind in SCORES],
+)
+def test_ranks_mask_the_same_weights(tmp_path: Path, kind: type[WeightScore]) -> None:
+    """Inputs are other ones on each rank: what rank 0 heard decides."""
+    first, second = run(tmp_path, kind.__name__, "plain")
     assert len(first) == len(second) == 24
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
-    masked = [first[-1]["weights"][f"net.{name}.weight"] for name in ("c1", "c2", "dw", "fc1")]
+    masked = [first[-1]["weights"][f"net.{name}.weight"] for name in ("c1", "c2", "dw", "up", "fc1")]
     zeros, entries = sum(int((w == 0).sum()) for w in masked), sum(w.numel() for w in masked)
     assert zeros == round(0.75 * entries)
 
@@ -114,7 +121,7 @@ def test_ranks_mask_by_the_gradient_of_both_before_training(tmp_path: Path) -> N
         lit, batch = Lit(), order[rank:16:2]
         F.cross_entropy(lit.net(x[batch]), y[batch]).backward()
         gradients.append(lit.net)
-    names = [f"{name}.weight" for name in ("c1", "c2", "dw", "fc1")]
+    names = [f"{name}.weight" for name in ("c1", "c2", "dw", "up", "fc1")]
     zero = torch.cat([first[-1]["weights"][f"net.{name}"].flatten() == 0 for name in names])
     scores = [
         (net.get_parameter(name).detach() * sum(n.get_parameter(name).grad for n in gradients)).abs().flatten()

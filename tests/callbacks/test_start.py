@@ -37,7 +37,9 @@ from lightning_slim import (
     WeightMagnitude,
     WeightPrune,
     WeightSaliency,
+    WeightScreening,
     WeightSynFlow,
+    WeightWanda,
     load_from_checkpoint,
 )
 from tests.callbacks.runs import Lit, loader, trainer
@@ -49,6 +51,8 @@ OF_WEIGHTS = {
     "snip": WeightSaliency(),
     "grasp": WeightGraSP(),
     "synflow": WeightSynFlow(),
+    "wanda": WeightWanda(),
+    "screening": WeightScreening(),
 }
 
 
@@ -185,7 +189,7 @@ def test_weights_are_masked_before_the_first_step(tmp_path: Path, name: str) -> 
     callback, first, lit = masked(OF_WEIGHTS[name], rounds=5 if name == "synflow" else None), First(), Lit()
     trainer(tmp_path, callback, first, max_epochs=2).fit(lit, loader())
     assert callback.masker.reached == pytest.approx(0.75, abs=1e-3)
-    assert callback.masker.masks.keys() == {"net.c1.weight", "net.c2.weight", "net.dw.weight", "net.fc1.weight"}
+    assert callback.masker.masks.keys() == {f"net.{name}.weight" for name in ("c1", "c2", "dw", "up", "fc1")}
     fresh = Lit()
     for weight, mask in callback.masker.masks.items():
         assert torch.equal(first.weights[weight], fresh.get_parameter(weight) * mask)

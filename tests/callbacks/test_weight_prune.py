@@ -20,17 +20,24 @@ from lightning_slim import (
     Global,
     Linear,
     Magnitude,
+    Masker,
     NoEffectWarning,
     OneShot,
     Prune,
     RigL,
     Units,
+    WeightMagnitude,
     WeightPrune,
     WeightSaliency,
+    WeightScore,
+    WeightScreening,
+    WeightWanda,
     load_from_checkpoint,
 )
+from lightning_slim.masks import InputScore
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.test_companions import AVERAGES
+from tests.masks.test_contract import SCORES
 from tests.networks import same, same_optimizer_state
 
 
@@ -56,7 +63,7 @@ def hold(callback: WeightPrune, module: nn.Module) -> bool:
     return all(bool((module.get_parameter(name)[~mask] == 0).all()) for name, mask in kept)
 
 
-MASKED = {"net.c1.weight", "net.c2.weight", "net.dw.weight", "net.fc1.weight"}  # not the head, nor transposed
+MASKED = {f"net.{name}.weight" for name in ("c1", "c2", "dw", "up", "fc1")}  # not the head
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3}])
@@ -99,6 +106,42 @@ def test_stop_after_any_epoch_and_resume_bitwise(tmp_path: Path, kwargs: dict[st
     checkpoint = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == Lit().state_dict().keys()
     assert same(load_from_checkpoint(Lit, tmp_path / "epoch=5.ckpt").state_dict(), straight.state_dict())
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_every_score_masks_and_resumes_bitwise(tmp_path: Path, kind: type[WeightScore]) -> None:
+    """What was heard since the last update goes through the checkpoint, too."""
+
+    def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Lit, WeightPrune]:
+        when = "during" if kind().flow is None else "start"
+        lit, callback = Lit(), masks(score=kind(), distribution=Global(), record_every_n_steps=3, when=when)
+        checkpoints = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        fit = trainer(folder, callback, checkpoints, Zeros(callback), max_epochs=4)
+        fit.fit(lit, loader(), ckpt_path=ckpt_path)
+        return lit, callback
+
+    straight, callback = run(tmp_path)
+    assert callback.masker.reached == pytest.approx(0.75, abs=1e-3)
+    assert not any(module._forward_pre_hooks for module in straight.modules())
+    checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    state = checkpoint["callbacks"][callback.state_key]["masker"]
+    assert bool(state["sums"]) == (kind.streamed and kind().flow is None)
+    if issubclass(kind, InputScore):
+        assert state["inputs"]["net.fc1.weight"][0][0]["count"] > 0
+    resumed, again = run(tmp_path / "again", tmp_path / "epoch=1.ckpt")
+    assert same(straight.state_dict(), resumed.state_dict())
+    assert same(callback.masker.masks, again.masker.masks)
+    assert callback.events == again.events
+
+
+def test_inputs_are_heard_in_every_nth_batch_and_where_something_is_due(tmp_path: Path, monkeypatch: Any) -> None:
+    heard = []
+    monkeypatch.setattr(Masker, "hear", lambda self, labels: heard.append(self.model.trainer.global_step))
+    lit = Lit()
+    callback = masks(score=WeightWanda(), schedule=OneShot(0.5), update_every=1.0, record_every_n_steps=7)
+    trainer(tmp_path, callback).fit(lit, loader())
+    # The first batch finds the weights; then batches 1 and 12, as nothing was heard yet, or since the update, 7, ...
+    assert heard == [2, 8, 13, 15, 22]
 
 
 @pytest.mark.parametrize("name", AVERAGES)
@@ -176,17 +219,19 @@ def test_manual_optimisation_with_two_optimizers(tmp_path: Path) -> None:
     assert callback.masker.reached == pytest.approx(0.75, abs=1e-3)
 
 
-def test_mixed_precision(tmp_path: Path) -> None:
-    lit, callback = Lit(), masks()
+@pytest.mark.parametrize("score", [WeightMagnitude(), WeightWanda(), WeightScreening()], ids=str)
+def test_mixed_precision(tmp_path: Path, score: WeightScore) -> None:
+    lit, callback = Lit(), masks(score=score)
     trainer(tmp_path, callback, Zeros(callback), precision="bf16-mixed").fit(lit, loader())
     assert callback.masker.masks.keys() == MASKED
     assert callback.masker.reached == pytest.approx(0.75, abs=1e-3)
 
 
+@pytest.mark.parametrize("score", [WeightMagnitude(), WeightScreening()], ids=str)
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_masks_go_through_structural_cuts(tmp_path: Path, ours_first: bool) -> None:
+def test_masks_go_through_structural_cuts(tmp_path: Path, ours_first: bool, score: WeightScore) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Lit, WeightPrune]:
-        lit, callback = Lit(), masks()
+        lit, callback = Lit(), masks(score=score)
         cuts = Prune(Magnitude(), Units(0.5), OneShot(0.5), record_every_n_steps=3, print_report=False)
         pair = [callback, cuts] if ours_first else [cuts, callback]
         checkpoints = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
@@ -244,6 +289,22 @@ def test_an_early_end_is_told(tmp_path: Path) -> None:
         trainer(tmp_path, masks(), Stop()).fit(Lit(), loader(), loader())
 
 
+@pytest.mark.parametrize("score", [WeightWanda(), WeightSaliency()], ids=str)
+def test_a_layer_that_is_never_used_is_named_after_an_epoch(tmp_path: Path, score: WeightScore) -> None:
+    def with_spare() -> Lit:
+        lit = Lit()
+        lit.spare = nn.Linear(8, 8)
+        return lit
+
+    lit = with_spare()
+    callback = masks(score=score, schedule=Linear(1 / 6, 4 / 6))
+    with pytest.raises(ValueError, match=r"got nothing to score \['spare\.weight'\] by: leave these layers out"):
+        trainer(tmp_path, callback).fit(lit, loader())
+    assert lit.trainer.current_epoch == 2
+    assert all(bool(mask.all()) for mask in callback.masker.masks.values())
+    trainer(tmp_path, masks(score=score, skip=["spare"])).fit(with_spare(), loader())
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sparsity in \(0, 1\)"):
         WeightPrune(1.5)
@@ -251,6 +312,10 @@ def test_bad_input(tmp_path: Path) -> None:
         WeightPrune(0.5, update_every=0)
     with pytest.raises(MisconfigurationException, match=r"ends by 0\.83 of the run"):
         trainer(tmp_path, WeightPrune(schedule=OneShot(0.9), update_every=1.0)).fit(Lit(), loader())
+    with pytest.raises(MisconfigurationException, match=r"at 2 of a batch, got NoneType .* set `labels`"):
+        trainer(tmp_path, masks(score=WeightScreening(), labels=2)).fit(Lit(), loader())
+    with pytest.raises(ValueError, match="`record_every_n_steps` of at least 1"):
+        masks(record_every_n_steps=0)
     lit = Lit()
     before = {name: value.clone() for name, value in lit.state_dict().items() if "num_batches" not in name}
     with pytest.raises(

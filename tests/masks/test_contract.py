@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_slim import Masker, OneShot
 from lightning_slim.masks import NM, Block, Distribution, Global, Layer, Pattern, Uniform, Unstructured, WeightScore
 
+
+def concrete(base: type) -> list[type]:
+    """All classes of a kind that can be made."""
+    below = [kind for child in base.__subclasses__() for kind in (child, *concrete(child))]
+    return [kind for kind in below if not inspect.isabstract(kind)]
+
+
 PATTERNS = [*(kind() for kind in Pattern.__subclasses__()), NM(1, 4), NM(2, 3), Block(2, 3), Block(8, 6)]
-DISTRIBUTIONS, SCORES = Distribution.__subclasses__(), WeightScore.__subclasses__()
+DISTRIBUTIONS, SCORES = Distribution.__subclasses__(), concrete(WeightScore)
 
 
 def stack(seed: int = 0) -> Tensor:
@@ -113,13 +122,34 @@ def test_zeros_add_up_to_what_is_asked(kind: type[Distribution], sparsity: float
     assert abs(sum(removed.values()) - round(sparsity * total)) <= rounding
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", SCORES)
-def test_scores_are_never_negative_and_zero_of_a_zero(kind: type[WeightScore]) -> None:
+def test_every_score_fills_every_pattern_to_the_entry(kind: type[WeightScore], pattern: Pattern) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(12, 24, 3), nn.Tanh(), nn.ConvTranspose1d(24, 24, 1), nn.Flatten(), nn.Linear(48, 16))
+    masker = Masker(net, None if pattern.sparsity else 0.75, pattern, kind(), schedule=OneShot(0.5), mask_last=True)
+    masker.prepare()
+    with masker.recording():
+        net(torch.randn(20, 12, 4)).square().mean().backward()
+    masker.hear(torch.arange(20) % 3)
+    masker.observe(torch.optim.SGD(net.parameters()))
+    masker.update(1.0)
+    for name, mask in masker.masks.items():
+        assert int((~mask).sum()) == round(masker.sparsity * mask.numel() / pattern.piece) * pattern.piece
+        assert torch.equal(net.get_parameter(name) != 0, mask)
+        if isinstance(pattern, NM):
+            inputs = mask.movedim(0 if name == "2.weight" else 1, -1)  # a transposed one has its inputs first
+            assert (inputs.reshape(-1, pattern.m).sum(1) == pattern.n).all()
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_scores_are_finite_and_zero_of_a_zero(kind: type[WeightScore]) -> None:
     weight = torch.randn(5, 7).index_fill(0, torch.tensor([2]), 0)
     score = kind()(weight, torch.randn(5, 7))
     assert score.shape == weight.shape
-    assert (score >= 0).all() or kind().flow is not None
+    assert score.isfinite().all()
     assert (score[2] == 0).all()
+    assert (kind()(torch.zeros(5, 7), torch.randn(5, 7)) == 0).all()
 
 
 @pytest.mark.parametrize("make", [lambda: NM(4, 4), lambda: NM(0, 4), lambda: Block(0, 1), lambda: Global(1.0)])

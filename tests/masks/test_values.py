@@ -13,6 +13,8 @@ from lightning_slim.masks import (
     ErdosRenyiKernel,
     Global,
     Layer,
+    WeightLamp,
+    WeightMovement,
     WeightSaliency,
     find_last,
     find_weights,
@@ -54,12 +56,41 @@ def test_blocks_by_hand() -> None:
     assert Block(2, 2).choose(scores, 3)[0].int().tolist() == expected
 
 
+def test_tiles_of_outputs_are_dense_products_of_inputs_of_their_own() -> None:
+    """Tile-wise sparsity: of the outputs of a tile, each reads the same inputs, and other tiles read others."""
+    weight, x = torch.randn(12, 10, dtype=torch.double), torch.randn(10, dtype=torch.double)
+    mask = Block(4, 1).choose(stacked(weight.abs()), 18)[0]
+    tiles, made = [], []
+    for first in range(0, 12, 4):
+        reads = mask[first]
+        tiles.append(reads.tolist())
+        made.append(weight[first : first + 4, reads] @ x[reads])
+    torch.testing.assert_close(torch.cat(made), (weight * mask) @ x)
+    assert len({tuple(reads) for reads in tiles}) == 3
+    assert sum(map(sum, tiles)) == 30 - 18
+
+
 def test_n_of_m_lies_along_the_inputs_of_a_convolution() -> None:
     conv = nn.Conv2d(8, 6, 3)
     mask = unstacked(NM().choose(stacked(conv.weight.detach().abs()), 216), (6, 8, 3, 3))
     assert (mask.view(6, 2, 4, 3, 3).sum(2) == 2).all()
     kept = conv.weight.abs().view(6, 2, 4, 3, 3).topk(2, 2).values
     assert torch.equal((conv.weight.abs() * mask).view(6, 2, 4, 3, 3).topk(2, 2).values, kept)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_transposed_convolution_is_seen_output_by_output(groups: int) -> None:
+    """Row o, column i of a tap is what output o makes of the i-th input of its group, as in the matrix of the layer."""
+    layer = nn.ConvTranspose1d(8, 24, 3, groups=groups, bias=False).double()
+    stack = stacked(layer.weight.detach(), groups)
+    assert stack.shape == (3, 24, 8 // groups)
+    for channel in range(8):
+        made = layer(F.one_hot(torch.tensor(channel), 8).double()[:, None])  # one step of one channel: (outputs, taps)
+        group, column = divmod(channel, 8 // groups)
+        rows = torch.arange(24) // (24 // groups) == group
+        assert torch.equal(made[rows].detach(), stack[:, rows, column].T)
+        assert (made[~rows] == 0).all()
+    assert torch.equal(unstacked(stack, tuple(layer.weight.shape), groups), layer.weight)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 5), (4, 3, 5, 2), (4, 3, 2, 2, 2)])
@@ -83,6 +114,46 @@ def test_saliency_is_what_the_loss_changes_by_to_first_order() -> None:
         smaller.view(-1)[i] *= 1 - step
         change = abs(float((loss(weight) - loss(smaller)).detach())) / step
         assert float(WeightSaliency()(weight.detach(), gradient).view(-1)[i]) == pytest.approx(change, rel=1e-4)
+
+
+def test_lamp_by_hand() -> None:
+    weight = torch.tensor([[1.0, -3.0, 0.0], [2.0, 1.0, 4.0]])  # squares 0, 1, 1, 4, 9, 16: sums 31, 31, 30, 29, 25, 16
+    expected = torch.tensor([[1 / 31, 9 / 25, 0.0], [4 / 29, 1 / 31, 1.0]])
+    torch.testing.assert_close(WeightLamp()(weight, weight).float(), expected)
+    conv = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    assert torch.equal(WeightLamp()(conv, conv), WeightLamp()(conv.contiguous(), conv))
+
+
+def test_lamp_under_one_threshold_shares_out_as_in_the_paper() -> None:
+    """The authors' way: sort, divide by what is left, one threshold; then the smallest of each layer go."""
+    weights = {"a": torch.randn(20, 10), "b": 3 * torch.randn(30, 20), "c": torch.randn(5, 5)}
+    pooled = []
+    for name, weight in weights.items():
+        ascending = weight.flatten().abs().sort().values
+        pooled += [(float(ascending[i] ** 2 / (ascending[i:] ** 2).sum()), name) for i in range(len(ascending))]
+    expected = dict.fromkeys(weights, 0)
+    for _, name in sorted(pooled)[:660]:
+        expected[name] += 1
+    layers = {n: Layer(tuple(w.shape), WeightLamp()(w, w).flatten().float()) for n, w in weights.items()}
+    assert Global(0.0)(layers, 0.8) == expected
+    by_magnitude = {n: Layer(tuple(w.shape), w.abs().flatten()) for n, w in weights.items()}
+    assert Global(0.0)(by_magnitude, 0.8) != expected
+
+
+def test_movement_is_what_a_score_learns_by_descent() -> None:
+    """Sanh et al.: scores beside weights, as gates, train with the same rate; the mask's derivative counts as 1."""
+    weight, scores = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
+    moved = torch.zeros(3, 4)
+    for step in range(5):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        gates = torch.ones(3, 4) + scores - scores.detach()  # straight through
+        by_weight, by_scores = torch.autograd.grad((x @ (weight * gates).T).tanh().sum(), [weight, scores])
+        moved += WeightMovement()(weight.detach(), by_weight)
+        with torch.no_grad():
+            weight -= 0.1 * by_weight
+            scores -= 0.1 * by_scores
+    torch.testing.assert_close(0.1 * moved, scores.detach())
+    assert (moved < 0).any()
 
 
 class Net(nn.Module):
@@ -123,6 +194,34 @@ def test_a_recurrent_layer_may_be_last() -> None:
     net = nn.GRU(3, 4)
     weights = find_weights(net)
     assert find_last(net(torch.randn(5, 2, 3))[0].sum(), weights) == weights.keys()
+
+
+class Attends(nn.Module):
+    """Attention of fused projections, one of separate ones, a transposed convolution, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.apart = nn.MultiheadAttention(8, 2, batch_first=True, kdim=6, vdim=4)
+        self.up, self.head = nn.ConvTranspose1d(8, 6, 2, 2), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        x = x + self.fused(x, x, x, need_weights=False)[0]
+        x = x + self.apart(x, key, value)[0]
+        return self.head(self.up(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_projections_of_attention_and_transposed_convolutions_are_found() -> None:
+    net = Attends()
+    weights = find_weights(net)
+    of_fused = ["fused.in_proj_weight", "fused.out_proj.weight"]
+    of_apart = [*(f"apart.{x}_proj_weight" for x in "qkv"), "apart.out_proj.weight"]
+    assert [*weights] == [*of_fused, *of_apart, "up.weight", "head.weight"]
+    x, key, value = torch.randn(2, 5, 8), torch.randn(2, 7, 6), torch.randn(2, 7, 4)
+    assert find_last(net(x, key, value).mean(), weights) == {"head.weight"}
+    attended = net.fused(x, x, x)[0].mean()
+    assert find_last(attended, weights) == {"fused.out_proj.weight"}
+    assert find_last(net.up(x.mT).mean(), weights) == {"up.weight"}
 
 
 def test_last_layers_are_found_under_autocast() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_slim.statistics import Moments
+from lightning_slim.statistics import Moments, Spread
 
 
 def streamed(rows: torch.Tensor, batch: int = 50) -> Moments:
@@ -119,3 +119,27 @@ def test_state_survives_a_pickle_free_checkpoint(tmp_path) -> None:
     torch.save(moments.state_dict(), tmp_path / "moments.pt")
     loaded.load_state_dict(torch.load(tmp_path / "moments.pt", weights_only=True))
     assert torch.equal(moments.covariance, loaded.covariance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spread_is_that_of_numpy_also_beside_large_means(dtype: torch.dtype) -> None:
+    spread, rows = Spread(5), (torch.randn(400, 5) + torch.tensor([0.0, 1.0, 10.0, 100.0, 1e4])).to(dtype)
+    for part in rows.split(70):
+        spread.update(part)
+    exact = rows.double().numpy()
+    np.testing.assert_allclose(spread.result().mean, exact.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(spread.result().variance, exact.var(0), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(spread.mean_square, (exact**2).mean(0), rtol=1e-6)
+
+
+def test_counts_spread_as_the_one_hot_rows_that_they_stand_for() -> None:
+    rows = torch.nn.functional.one_hot(torch.randint(0, 4, (50,)), 6).double()
+    counted, given = Spread(6), Spread(6)
+    counted.update_one_hot(rows[:30].sum(0).long())
+    counted.update(rows[30:])
+    given.update(rows[:30])
+    given.update_one_hot(rows[30:].sum(0).long())
+    for spread in (counted, given):
+        np.testing.assert_allclose(spread.result().mean, rows.numpy().mean(0), atol=1e-15)
+        np.testing.assert_allclose(spread.result().variance, rows.numpy().var(0), atol=1e-15)
+        np.testing.assert_allclose(spread.mean_square, rows.numpy().mean(0), atol=1e-15)

@@ -134,6 +134,7 @@ ACCUMULATORS: dict[str, tuple[Callable[[type], Accumulator], Callable[[], tuple[
     ),
     "Frequency": (lambda kind: kind(UNITS), lambda: (awkward(STEPS, UNITS),)),
     "JointMoments": (lambda kind: kind(UNITS, 3), lambda: (awkward(STEPS, UNITS), awkward(STEPS, 3))),
+    "Spread": (lambda kind: kind(UNITS), lambda: (awkward(STEPS, UNITS),)),
     "Moments": (lambda kind: kind(UNITS), lambda: (awkward(STEPS, UNITS),)),
     "PanelGranger": (lambda kind: kind(UNITS, 3, PanelDesign(lags=2)), sequences),
     "ClusteredPanel": (lambda kind: kind(UNITS, 3, PanelDesign(lags=2)), sequences),

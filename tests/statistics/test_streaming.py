@@ -25,6 +25,7 @@ from lightning_slim.statistics.kruskal import KruskalWallis
 from lightning_slim.statistics.moments import Moments
 from lightning_slim.statistics.panel import PanelGranger
 from lightning_slim.statistics.panel_rows import PanelDesign
+from lightning_slim.statistics.spread import Spread
 from lightning_slim.statistics.streaming import Accumulator, Pivoted
 
 UNITS, CLASSES, BATCHES, ROWS = 6, 4, 6, 20
@@ -69,6 +70,7 @@ CASES = {
     Moments: Case(lambda units: Moments(len(units)), lambda: (values(),)),
     PanelGranger: Case(lambda units: PanelGranger(len(units), 2, PanelDesign(lags=2)), sequences, whole=False),
     ClusteredPanel: Case(lambda units: ClusteredPanel(len(units), 2), sequences, whole=False),
+    Spread: Case(lambda units: Spread(len(units)), lambda: (values(),)),
     Frequency: Case(lambda units: Frequency(len(units)), lambda: (values().relu(),)),
     JointMoments: Case(
         lambda units: JointMoments(len(units), 2), lambda: (values(), torch.randn(ROWS, 2).double() + 9)

@@ -43,7 +43,9 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        weights, biases = self.in_proj_weight.chunk(3), [None] * 3
+        apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = apart if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+        biases = [None] * 3
         if self.in_proj_bias is not None:
             biases = self.in_proj_bias.chunk(3)  # type: ignore[assignment]
         q, k, v = (
@@ -97,7 +99,6 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
 def module_by_module(model: nn.Module) -> Iterator[None]:
     """Attention that was not cut calls its output projection as a module, too, so that hooks see its heads."""
     layers = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
-    layers = [layer for layer in layers if layer.in_proj_weight is not None]
     for layer in layers:
         layer.__class__ = SlimMultiheadAttention
     try:
