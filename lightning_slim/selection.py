@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.skipping import skips
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, most_important_first
+from lightning_slim.units import Plan, UnitGroup, most_important_first
 
 Scope = Literal["local", "global"]
+RoundTo = int | Literal["auto"]
+LEVELS = 16  # at which latency is measured
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Selection:
         scope: `"local"`: every group keeps the same fraction of its original units; `"global"`: the units with the
             highest importance stay, wherever they are; of units that are chosen greedily, those that add most for
             what they cost.
-        round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes.
+        round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes;
+            `"auto"`: of what suits this machine, group by group, as `latency.best_steps` measures it when a run begins.
         keep_at_least: layer -> fraction of its original units that stays whatever the budget; names, patterns and
             types as for `skip`, of the layers that make the units; of several that mean one layer, the largest.
         keep_at_most: the same, for what may stay at most, from the first cut on; of several, the smallest. Groups that
@@ -35,22 +38,22 @@ class Selection:
     """
 
     scope: Scope = "local"
-    round_to: int = 1
+    round_to: RoundTo = 1
     keep_at_least: Mapping[str, float] = field(default_factory=dict)
     keep_at_most: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scope not in ("local", "global"):
             raise ValueError(f'Expected `scope` to be "local" or "global", got {self.scope!r}.')
-        if self.round_to < 1:
-            raise ValueError(f"Expected `round_to` of at least 1, got {self.round_to}.")
+        if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise ValueError(f'Expected `round_to` of at least 1, or "auto", got {self.round_to!r}.')
         for argument in ("keep_at_least", "keep_at_most"):
             for entry, fraction in getattr(self, argument).items():
                 if not 0 < fraction <= 1:
                     raise ValueError(f"Expected fractions in (0, 1] in `{argument}`, got {fraction} for {entry!r}.")
 
     def bounded(self, costs: Costs, model: nn.Module, groups: Iterable[UnitGroup]) -> Costs:
-        """The costs with the floors and ceilings that were asked for.
+        """The costs with the floors, ceilings and steps that were asked for; `"auto"` is still to be measured.
 
         Raises:
             ValueError: an entry means no layer whose units can be removed, or a floor is above a ceiling.
@@ -78,40 +81,46 @@ class Selection:
                         f"Expected `keep_at_most` to leave {group.name} at least {floors[group.name]} of its "
                         f"{group.size} units, got {most[pack]}: raise it, or lower `keep_at_least`."
                     )
-        return replace(costs, floors=floors, ceilings=ceilings)
+        multiple = 1 if self.round_to == "auto" else self.round_to
+        units = {name: multiple * step for name, step in costs.steps.items() if name not in costs.blocks.values()}
+        return replace(costs, floors=floors, ceilings=ceilings, steps=costs.steps | units)
+
+    def course(self, costs: Costs) -> list[dict[str, int]]:
+        """Widths from the original to the smallest, the same fraction of all groups of units; all blocks are kept."""
+        everything = {name: torch.ones(units) for name, units in costs.original.items()}
+        local = replace(self, scope="local")
+        levels = [level / LEVELS for level in range(LEVELS, -1, -1)]
+        blocks = {name: costs.original[name] for name in costs.blocks.values()}
+        rows = [{**local.widths(level, costs, costs.original, everything), **blocks} for level in levels]
+        return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
     def widths(
         self,
         level: float,
-        original: Mapping[str, int],
+        costs: Costs,
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
-        packs: Mapping[str, str] | None = None,
-        floors: Mapping[str, int] | None = None,
-        blocks: Collection[str] = (),
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
 
         Args:
             level: how much of the original units stays.
-            original: width of every group before anything was cut.
+            costs: what the model had before anything was cut, and what bounds its widths: floors, steps, packs; the
+                groups of a pack keep the same fraction of their original units, as much as the one that would alone
+                keep most.
             current: width of every group now.
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
-            packs: group -> pack; the groups of a pack keep the same fraction of their original units, as much as the
-                one that would alone keep most.
-            floors: group -> how many units must stay at least; two where nothing else is said.
-            blocks: groups whose units are whole blocks: their numbers are not rounded.
         """
+        original = costs.original
         wanted = {name: level * original[name] for name in importance}
         if self.scope == "global":
             wanted = _most_important(level, original, importance)
-        floors = floors or {}
         widths = {}
         for name in wanted:
-            least = max(wanted[name] - 1e-9, floors.get(name, MIN_UNITS))  # 0.7 * 10 is 7.000000000000001
-            step = 1 if name in blocks else self.round_to
+            least = max(wanted[name] - 1e-9, costs.floors[name])  # 0.7 * 10 is 7.000000000000001
+            step = costs.steps[name]
             widths[name] = min(math.ceil(least / step) * step, original[name], current[name])
-        for members in _members(packs or {}, widths):
+        for members in _members(costs.packs, widths):
             steps = min(original[name] for name in members)  # in which all of them can shrink alike
             most = max(math.ceil(widths[name] * steps / original[name]) for name in members)
             widths.update({name: most * original[name] // steps for name in members})
@@ -135,8 +144,7 @@ class Selection:
         current = {name: min(units, bounds.get(name, units)) for name, units in current.items()}
 
         def at(level: float, fixed: Mapping[str, int]) -> dict[str, int]:
-            widths = self.widths(level, costs.original, current, importance, costs.packs, costs.floors, blocks)
-            return {**widths, **fixed}
+            return {**self.widths(level, costs, current, importance), **fixed}
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.count(costs, widths) <= most
@@ -158,10 +166,7 @@ class Selection:
         packs = _members(costs.packs, widths)
         alone = [[name] for name in widths if name not in costs.packs]
         for members in sorted([*alone, *packs], key=lambda m: widths[m[0]] / costs.original[m[0]]):
-            least = min(costs.original[name] for name in members)
-            rounded = 1 if members[0] in costs.blocks.values() else self.round_to
-            step = {name: rounded * costs.original[name] // least for name in members}
-            wider = {**widths, **{name: min(widths[name] + step[name], current[name]) for name in members}}
+            wider = {**widths, **{name: min(widths[name] + costs.steps[name], current[name]) for name in members}}
             widths = wider if affordable(wider) else widths
         return widths
 

@@ -174,7 +174,7 @@ def test_a_latency_that_no_width_has_is_refused() -> None:
         prepared(Latency(absolute=1e-6))
     costs = Costs.of(Mixed(), [], [])
     with pytest.raises(ValueError, match=r"Expected a model on the CPU.*got meta"):
-        measure(nn.Linear(2, 2, device="meta"), [], {}, costs, {})
+        measure(nn.Linear(2, 2, device="meta"), [], {}, costs, [])
     with pytest.raises(ValueError, match="Expected a measured table of latencies"):
         Latency().count(costs, {})
 

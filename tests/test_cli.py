@@ -165,6 +165,17 @@ def test_a_combination_of_scores_goes_through_yaml() -> None:
     assert score == Combined((Granger(3), BatchNormScale()), (2.0, 1.0))
 
 
+@pytest.mark.parametrize("round_to", [1, 8, "auto"])
+def test_rounding_goes_through_yaml_as_a_number_and_as_auto(round_to: int | str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(GrangerPrune, "callback")
+    text = f"callback: {{class_path: lightning_slim.GrangerPrune, init_args: {{round_to: {round_to}}}}}"
+    again = parser.parse_string(parser.dump(parser.parse_string(text)))
+    assert parser.instantiate_classes(again).callback.selection.round_to == round_to
+
+
 def test_granger_prune_with_its_defaults_goes_through_yaml() -> None:
     from jsonargparse import ArgumentParser
 

@@ -21,32 +21,41 @@ ORIGINAL = {"a": 10, "b": 20}
 IMPORTANCE = {"a": torch.arange(10.0), "b": torch.arange(20.0) / 10}
 
 
+def bare(**kwargs) -> Costs:
+    """What bounds widths, and nothing else."""
+    bounds = {"floors": dict.fromkeys(ORIGINAL, MIN_UNITS), "steps": dict.fromkeys(ORIGINAL, 1), "packs": {}} | kwargs
+    return Costs(original=ORIGINAL, parameters=0, work=[], shapes={}, axes={}, **bounds)
+
+
 def test_local_keeps_the_same_fraction_of_the_original_everywhere() -> None:
-    assert Selection().widths(0.7, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 7, "b": 14}
+    assert Selection().widths(0.7, bare(), ORIGINAL, IMPORTANCE) == {"a": 7, "b": 14}
     shrunk = {"a": 7, "b": 14}
     now = {name: values[: shrunk[name]] for name, values in IMPORTANCE.items()}
-    assert Selection().widths(0.5, ORIGINAL, shrunk, now) == {"a": 5, "b": 10}  # of 10 and 20: never compounding
+    assert Selection().widths(0.5, bare(), shrunk, now) == {"a": 5, "b": 10}  # of 10 and 20: never compounding
 
 
 def test_global_keeps_the_most_important_wherever_they_are() -> None:
-    widths = Selection("global").widths(10 / 30, ORIGINAL, ORIGINAL, IMPORTANCE)
+    widths = Selection("global").widths(10 / 30, bare(), ORIGINAL, IMPORTANCE)
     assert widths == {"a": 8, "b": 2}  # a: 2..9; nothing of b but the floor
 
 
 def test_widths_are_rounded_up_but_not_beyond_the_original() -> None:
-    assert Selection(round_to=8).widths(0.5, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 8, "b": 16}
-    assert Selection(round_to=8).widths(0.9, ORIGINAL, ORIGINAL, IMPORTANCE) == {"a": 10, "b": 20}
+    of_8 = bare(steps={"a": 8, "b": 8})
+    assert Selection().widths(0.5, of_8, ORIGINAL, IMPORTANCE) == {"a": 8, "b": 16}
+    assert Selection().widths(0.9, of_8, ORIGINAL, IMPORTANCE) == {"a": 10, "b": 20}
 
 
-def test_a_group_may_have_a_floor_of_its_own() -> None:
-    assert Selection().widths(0.1, ORIGINAL, ORIGINAL, IMPORTANCE, floors={"a": 7}) == {"a": 7, "b": 2}
-    assert Selection(round_to=4).widths(0.0, ORIGINAL, ORIGINAL, IMPORTANCE, floors={"a": 7}) == {"a": 8, "b": 4}
+def test_a_group_may_have_a_floor_and_a_step_of_its_own() -> None:
+    floors = {"a": 7, "b": 2}
+    assert Selection().widths(0.1, bare(floors=floors), ORIGINAL, IMPORTANCE) == {"a": 7, "b": 2}
+    of_their_own = bare(floors=floors, steps={"a": 4, "b": 16})
+    assert Selection().widths(0.0, of_their_own, ORIGINAL, IMPORTANCE) == {"a": 8, "b": 16}
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_levels_are_nested_and_end_at_the_floor_and_at_now(scope: str) -> None:
     selection = Selection(scope)  # type: ignore[arg-type]
-    course = [selection.widths(level / 50, ORIGINAL, ORIGINAL, IMPORTANCE) for level in range(51)]
+    course = [selection.widths(level / 50, bare(), ORIGINAL, IMPORTANCE) for level in range(51)]
     assert all(a[name] <= b[name] for a, b in pairwise(course) for name in ORIGINAL)
     assert course[0] == {"a": MIN_UNITS, "b": MIN_UNITS}
     assert course[-1] == ORIGINAL
@@ -122,7 +131,14 @@ def test_the_most_important_units_stay_and_ties_go_to_the_first() -> None:
     assert tied["b"].tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [({"scope": "isomorphic"}, "scope"), ({"round_to": 0}, "round_to")])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"scope": "everywhere"}, "scope"),
+        ({"round_to": 0}, "round_to"),
+        ({"round_to": "8"}, "`round_to` of at least 1, or \"auto\", got '8'"),
+    ],
+)
 def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Selection(**kwargs)

@@ -29,7 +29,7 @@ from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Score
-from lightning_slim.selection import Scope, Selection
+from lightning_slim.selection import RoundTo, Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import Example, dropped, grow_back, recalibrating, resize_to
 from lightning_slim.weight_norm import settle
@@ -46,7 +46,8 @@ class Prune(SlimCallback):
         budget: what may remain in the end, of the original or as a figure.
         schedule: how much of the removal is done by which fraction of the run.
         scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
-        round_to: widths are rounded up to multiples of this.
+        round_to: widths are rounded up to multiples of this; `"auto"`: of what suits this machine, group by group, as
+            measured when the run begins.
         module: dotted name of the only part of the model that may be cut, such as `"backbone"`; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         compensate: `"least_squares"` folds the removed units into those that stay, `"mean"` puts their mean in their
@@ -79,7 +80,7 @@ class Prune(SlimCallback):
         budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
         schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
         scope: Scope = "local",
-        round_to: int = 1,
+        round_to: RoundTo = 1,
         module: str = "",
         skip: Skip = (),
         compensate: Compensate = "least_squares",
@@ -176,7 +177,7 @@ class Prune(SlimCallback):
         self.pruner.budget = self.budget
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
-        self.pruner.ranks = trainer.world_size
+        self.pruner.ranks, self.pruner.leads = trainer.world_size, trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pruner.schedule = self._clock.follow(self.schedule, trainer)
@@ -333,6 +334,9 @@ class Prune(SlimCallback):
         costs = self.pruner.costs
         groups = ", ".join(f"{name} ({units})" for name, units in costs.original.items())
         rank_zero_info(f"slim: {costs.parameters:,} params, {costs.macs(costs.original):,} MACs; can shrink: {groups}")
+        if self.selection.round_to == "auto":
+            steps = ", ".join(f"{name} {step}" for name, step in costs.steps.items())
+            rank_zero_info(f"slim: widths will be multiples of what suits this machine: {steps}")
         for layer, reason in self.pruner.left_whole.items():
             rank_zero_info(f"slim: {layer} stays whole: {reason}")
 

@@ -11,15 +11,18 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_slim import Global, Granger, InputScreening, Linear, WeightPrune, WeightSaliency
+from lightning_slim import Global, Granger, InputScreening, Latency, Linear, WeightPrune, WeightSaliency, latency
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
+from tests.callbacks.test_latency import granger, unused
 from tests.callbacks.test_resume import prune
+from tests.machines import in_packets
 
 STRATEGIES = {
     "plain": {},
@@ -59,6 +62,9 @@ def main() -> None:
     elif kind == "masks":
         how = {"score": WeightSaliency(), "distribution": Global(), "schedule": Linear(0.0, 4 / 6)}
         model, callback, data = Lit(), WeightPrune(0.75, update_every=2.0, **how), loader(64)
+    elif kind == "latency":
+        model, callback, data = Lit(), granger(Latency(0.5), round_to="auto"), loader(64)
+        latency._times = in_packets(c1=2, c2=2, up=2, fc1=2) if rank_zero_only.rank == 0 else unused
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True
