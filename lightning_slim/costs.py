@@ -64,6 +64,7 @@ class Costs:
         floors: group -> how many units must stay at least.
         ceilings: group -> how many units may stay at most, where that is bounded.
         steps: group -> what its width is a multiple of.
+        classes: group -> class of those that its units are ranked among; empty if among all.
         storage: bytes of the whole state dict; a tied tensor counts once.
         itemsizes: tensor -> bytes of an entry, of those of `shapes` that are in the state dict.
         buffers: those of `shapes` that are no parameters.
@@ -81,6 +82,7 @@ class Costs:
     floors: dict[str, int]
     ceilings: dict[str, int] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
     storage: int = 0
     itemsizes: dict[str, int] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()

@@ -28,6 +28,16 @@ WIDEST = 32  # at more, a step is too small a part of a layer's time to be told 
 CHEAPER = 1.1
 
 
+def check_device(model: nn.Module) -> None:
+    """Raises a ValueError where the model is not on the CPU."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        raise ValueError(
+            f"Expected a model on the CPU to measure its latency, got {', '.join(sorted(devices))}: only CPU time is "
+            "measured. Use `MACs`, and a number for `round_to`, there."
+        )
+
+
 def measure(
     model: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, Example], costs: Costs, rows: Sequence[Widths]
 ) -> Table:
@@ -140,16 +150,7 @@ def _times(
 
     Returns:
         Of each of `rows`, layer -> median milliseconds.
-
-    Raises:
-        ValueError: the model is not on the CPU.
     """
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if devices != {"cpu"}:
-        raise ValueError(
-            f"Expected a model on the CPU to measure its latency, got {', '.join(sorted(devices))}: only CPU time is "
-            "measured. Use `MACs`, and a number for `round_to`, there."
-        )
     settle(model)  # a weight with a graph behind it cannot be copied
     copies = []
     for widths in rows:

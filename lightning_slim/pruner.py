@@ -22,7 +22,7 @@ from lightning_slim.evidence import evidence_of
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.latency import best_steps, measure
+from lightning_slim.latency import best_steps, check_device, measure
 from lightning_slim.patches import with_patches
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import Effect, Recorder
@@ -352,7 +352,7 @@ class Pruner:
     def _plan(self, progress: float, scores: Mapping[str, UnitScores]) -> Plan:
         importance = {name: found.importance for name, found in scores.items()}
         across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
-        across |= self._steepness(scores) if self.selection.scope == "global" else {}
+        across |= self._steepness(scores) if self.selection.scope != "local" else {}
         costs = self.costs
         if self.alpha is not None:
             tested = {name: found.log_p for name, found in scores.items() if found.log_p is not None}
@@ -445,13 +445,14 @@ class Pruner:
     def _measured(self, costs: Costs, groups: list[UnitGroup], calls: Mapping[str, Example]) -> Costs:
         """The costs with all that has to be measured of this machine, by one process for all."""
         if self.selection.round_to == "auto":
-            steps = best_steps(self.model, groups, calls, costs) if self.leads else None
+            check_device(self.model)
+            steps = best_steps(self.model, groups, calls, costs) if self.leads else {}
             costs = replace(costs, steps=costs.steps | self.agree(steps))
         if isinstance(self.budget, Latency):
+            check_device(self.model)
             rows = self.selection.course(costs)
-            costs = replace(
-                costs, table=self.agree(measure(self.model, groups, calls, costs, rows) if self.leads else None)
-            )
+            table = measure(self.model, groups, calls, costs, rows) if self.leads else {}
+            costs = replace(costs, table=self.agree(table))
         return costs
 
     def _smallest(self, costs: Costs) -> dict[str, int]:

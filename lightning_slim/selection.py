@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
+from lightning_slim.isomorphism import classes
 from lightning_slim.skipping import skips
 from lightning_slim.units import Plan, UnitGroup, most_important_first
 
-Scope = Literal["local", "global"]
+Scope = Literal["local", "global", "isomorphic"]
 RoundTo = int | Literal["auto"]
 LEVELS = 16  # at which latency is measured
 
@@ -28,7 +29,8 @@ class Selection:
     Attributes:
         scope: `"local"`: every group keeps the same fraction of its original units; `"global"`: the units with the
             highest importance stay, wherever they are; of units that are chosen greedily, those that add most for
-            what they cost.
+            what they cost; `"isomorphic"`: the same among groups of the same structure, each such class keeping the
+            same fraction, for importance compares among equals only (Fang et al., 2024, Isomorphic Pruning).
         round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes;
             `"auto"`: of what suits this machine, group by group, as `latency.best_steps` measures it when a run begins.
         keep_at_least: layer -> fraction of its original units that stays whatever the budget; names, patterns and
@@ -43,8 +45,8 @@ class Selection:
     keep_at_most: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.scope not in ("local", "global"):
-            raise ValueError(f'Expected `scope` to be "local" or "global", got {self.scope!r}.')
+        if self.scope not in get_args(Scope):
+            raise ValueError(f'Expected `scope` to be "local", "global" or "isomorphic", got {self.scope!r}.')
         if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
             raise ValueError(f'Expected `round_to` of at least 1, or "auto", got {self.round_to!r}.')
         for argument in ("keep_at_least", "keep_at_most"):
@@ -53,11 +55,12 @@ class Selection:
                     raise ValueError(f"Expected fractions in (0, 1] in `{argument}`, got {fraction} for {entry!r}.")
 
     def bounded(self, costs: Costs, model: nn.Module, groups: Iterable[UnitGroup]) -> Costs:
-        """The costs with the floors, ceilings and steps that were asked for; `"auto"` is still to be measured.
+        """The costs with the floors, ceilings, steps and classes asked for; steps that are `"auto"` are to be measured.
 
         Raises:
             ValueError: an entry means no layer whose units can be removed, or a floor is above a ceiling.
         """
+        groups = list(groups)
         members: dict[str, list[UnitGroup]] = {}
         for group in groups:
             members.setdefault(group.pack or group.name, []).append(group)
@@ -83,7 +86,8 @@ class Selection:
                     )
         multiple = 1 if self.round_to == "auto" else self.round_to
         units = {name: multiple * step for name, step in costs.steps.items() if name not in costs.blocks.values()}
-        return replace(costs, floors=floors, ceilings=ceilings, steps=costs.steps | units)
+        alike = classes(model, groups) if self.scope == "isomorphic" else {}
+        return replace(costs, floors=floors, ceilings=ceilings, steps=costs.steps | units, classes=alike)
 
     def course(self, costs: Costs) -> list[dict[str, int]]:
         """Widths from the original to the smallest, the same fraction of all groups of units; all blocks are kept."""
@@ -113,8 +117,12 @@ class Selection:
         """
         original = costs.original
         wanted = {name: level * original[name] for name in importance}
-        if self.scope == "global":
-            wanted = _most_important(level, original, importance)
+        if self.scope != "local":
+            compared: dict[str, dict[str, Tensor]] = {}
+            for name, values in importance.items():
+                compared.setdefault(costs.classes.get(name, ""), {})[name] = values
+            for together in compared.values():
+                wanted |= _most_important(level, original, together)
         widths = {}
         for name in wanted:
             least = max(wanted[name] - 1e-9, costs.floors[name])  # 0.7 * 10 is 7.000000000000001
@@ -253,7 +261,7 @@ def _concave_slopes(curve: Float[Tensor, "units"]) -> Float[Tensor, "units"]:
 def _most_important(
     level: float, original: Mapping[str, int], importance: Mapping[str, Float[Tensor, "units"]]
 ) -> dict[str, float]:
-    """How many of the globally most important units each group has, if `level` of all original units stay."""
+    """How many of the most important units of some groups each has, if `level` of their original units stay."""
     everywhere = torch.cat(list(importance.values())).sort(descending=True).values
     count = min(math.floor(level * sum(original[name] for name in importance) + 1e-9), len(everywhere))
     if count == 0:

@@ -36,7 +36,7 @@ from lightning_slim import (
 )
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
-from lightning_slim.latency import measure
+from lightning_slim.latency import check_device
 from lightning_slim.profile import count_macs, time_side_by_side
 from lightning_slim.schedules import Schedule
 from lightning_slim.selection import Selection
@@ -174,7 +174,7 @@ def test_a_latency_that_no_width_has_is_refused() -> None:
         prepared(Latency(absolute=1e-6))
     costs = Costs.of(Mixed(), [], [])
     with pytest.raises(ValueError, match=r"Expected a model on the CPU.*got meta"):
-        measure(nn.Linear(2, 2, device="meta"), [], {}, costs, [])
+        check_device(nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="Expected a measured table of latencies"):
         Latency().count(costs, {})
 

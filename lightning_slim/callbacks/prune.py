@@ -45,7 +45,8 @@ class Prune(SlimCallback):
         score: says how important a unit is.
         budget: what may remain in the end, of the original or as a figure.
         schedule: how much of the removal is done by which fraction of the run.
-        scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
+        scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever;
+            `"isomorphic"`: the same among groups of the same structure, each class of which keeps the same fraction.
         round_to: widths are rounded up to multiples of this; `"auto"`: of what suits this machine, group by group, as
             measured when the run begins.
         module: dotted name of the only part of the model that may be cut, such as `"backbone"`; all of it if empty.
