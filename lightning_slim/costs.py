@@ -152,6 +152,11 @@ class Costs:
         left = (each for each in self.work if not f"{each.layer}.".startswith(lost))
         return round(sum(each.macs * self._share(each, widths) for each in left))
 
+    def macs_to_params(self, widths: Widths) -> float:
+        """Multiply-accumulates per parameter that stays, relative to those of the original."""
+        whole = self.whole
+        return self.macs(widths) / self.params(widths) / (whole.macs(self.original) / whole.params(self.original))
+
     def milliseconds(self, widths: Widths) -> float:
         """Time of one forward pass of the example batch, from the measured table; between its entries, linear."""
         if not self.table:

@@ -479,6 +479,8 @@ class Pruner:
                 f"{closest:.1%} remains. Ask for at least {least}, skip less, or lower `round_to` or `keep_at_least`. "
                 f"Left whole: {'; '.join(f'{layer}: {reason}' for layer, reason in self.left_whole.items())}."
             )
+        if not self.budget.open_ended:
+            self.selection.check_balance(self.budget, costs)
 
     def _new_recorder(self) -> Recorder:
         needs = self.witnessed.needs

@@ -20,6 +20,8 @@ from lightning_slim.units import Plan, UnitGroup, most_important_first
 Scope = Literal["local", "global", "isomorphic"]
 RoundTo = int | Literal["auto"]
 LEVELS = 16  # at which latency is measured
+ENOUGH = 0.98  # of a budget, to be spent by rounding
+TILT = 4.0  # a side may be favoured by up to e^4
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,28 @@ class Selection:
             types as for `skip`, of the layers that make the units; of several that mean one layer, the largest.
         keep_at_most: the same, for what may stay at most, from the first cut on; of several, the smallest. Groups that
             must shrink alike have the bounds of each other.
+        macs_to_params: bounds of the slim network's multiply-accumulates per parameter, relative to the original's:
+            (0.8, 1.25) keeps the balance between layers of many positions and layers of many weights (after He et al.,
+            2023, Network Pruning Spaces). Where a budget would leave it, layers on the one side keep more and those on
+            the other less, by as little as it takes; with `scope="isomorphic"`, only within classes. None lets it be.
     """
 
     scope: Scope = "local"
     round_to: RoundTo = 1
     keep_at_least: Mapping[str, float] = field(default_factory=dict)
     keep_at_most: Mapping[str, float] = field(default_factory=dict)
+    macs_to_params: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
             raise ValueError(f'Expected `scope` to be "local", "global" or "isomorphic", got {self.scope!r}.')
         if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
             raise ValueError(f'Expected `round_to` of at least 1, or "auto", got {self.round_to!r}.')
+        if self.macs_to_params is not None and not 0 < self.macs_to_params[0] <= 1 <= self.macs_to_params[1]:
+            raise ValueError(
+                "Expected `macs_to_params` to be two bounds with the original's 1 between them, such as (0.8, 1.25), "
+                f"got {self.macs_to_params}."
+            )
         for argument in ("keep_at_least", "keep_at_most"):
             for entry, fraction in getattr(self, argument).items():
                 if not 0 < fraction <= 1:
@@ -104,6 +116,7 @@ class Selection:
         costs: Costs,
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
+        favour: Mapping[str, float] | None = None,
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
 
@@ -114,13 +127,15 @@ class Selection:
                 keep most.
             current: width of every group now.
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
+            favour: group -> above 1 where it is to keep more than others, below 1 where less.
         """
         original = costs.original
-        wanted = {name: level * original[name] for name in importance}
+        favour = dict.fromkeys(importance, 1.0) if favour is None else favour
+        wanted = {name: level ** (1 / favour[name]) * original[name] for name in importance}
         if self.scope != "local":
             compared: dict[str, dict[str, Tensor]] = {}
             for name, values in importance.items():
-                compared.setdefault(costs.classes.get(name, ""), {})[name] = values
+                compared.setdefault(costs.classes.get(name, ""), {})[name] = values * favour[name]
             for together in compared.values():
                 wanted |= _most_important(level, original, together)
         widths = {}
@@ -144,15 +159,61 @@ class Selection:
     ) -> dict[str, int]:
         """The largest widths at which at most `remaining` of the original budget is left.
 
-        Where even the smallest widths leave more, the smallest are returned.
+        Where even the smallest widths leave more, the smallest are returned; where no widths keep the bounds of
+        `macs_to_params`, those closest to them.
         """
-        costs, blocks = costs.ranked(importance), set(costs.blocks.values())
+        costs = costs.ranked(importance)
+        if self.macs_to_params is None:
+            return self._fitted(remaining, budget, costs, current, importance, None)
+        low, high = self.macs_to_params
+        lean = _lean(costs, current, importance)
+
+        def tilted(tilt: float) -> dict[str, int]:
+            favour = {name: math.exp(tilt * towards) for name, towards in lean.items()}
+            return self._fitted(remaining, budget, costs, current, importance, favour)
+
+        widths = tilted(0.0)
+        if low <= costs.macs_to_params(widths) <= high:
+            return widths
+        if costs.macs_to_params(widths) > high:  # the ratio rises with the tilt
+            return tilted(-TILT + TILT * _largest(lambda x: costs.macs_to_params(tilted(-TILT + TILT * x)) <= high))
+        return tilted(TILT - TILT * _largest(lambda x: costs.macs_to_params(tilted(TILT - TILT * x)) >= low))
+
+    def check_balance(self, budget: Budget, costs: Costs) -> None:
+        """Raises a ValueError where no widths keep both a budget and the bounds of `macs_to_params`."""
+        everything = {name: torch.ones(units) for name, units in costs.original.items()}
+        local = replace(self, scope="local")
+        widths = local.fit(budget.target(costs), budget, costs, costs.original, everything)
+        if self._out_of_balance(costs, widths) > 0:
+            raise ValueError(
+                f"Expected bounds of `macs_to_params` that can be kept with {budget}, got {self.macs_to_params}: the "
+                f"closest is {costs.macs_to_params(widths):.3f}. Widen them, ask for another budget, or skip less."
+            )
+
+    def _out_of_balance(self, costs: Costs, widths: Mapping[str, int]) -> float:
+        """How far some widths are beyond the bounds of `macs_to_params`, as a factor; 0 within."""
+        if self.macs_to_params is None:
+            return 0.0
+        ratio, (low, high) = costs.macs_to_params(widths), self.macs_to_params
+        return max(low / ratio, ratio / high, 1.0) - 1
+
+    def _fitted(
+        self,
+        remaining: float,
+        budget: Budget,
+        costs: Costs,
+        current: Mapping[str, int],
+        importance: Mapping[str, Float[Tensor, "units"]],
+        favour: Mapping[str, float] | None,
+    ) -> dict[str, int]:
+        """The largest affordable widths, given which groups are to keep more than others."""
+        blocks = set(costs.blocks.values())
         most = (remaining + 1e-12) * budget.whole(costs)
         bounds = {name: costs.ceilings[name] for name in importance if name in costs.ceilings}
         current = {name: min(units, bounds.get(name, units)) for name, units in current.items()}
 
         def at(level: float, fixed: Mapping[str, int]) -> dict[str, int]:
-            return {**self.widths(level, costs, current, importance), **fixed}
+            return {**self.widths(level, costs, current, importance, favour), **fixed}
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.count(costs, widths) <= most
@@ -161,7 +222,11 @@ class Selection:
         # A block is worth many units: once it is known how many of them go, these may be wider.
         fixed = {name: widths[name] for name in blocks}
         widths = at(_largest(lambda level: affordable(at(level, fixed))), fixed)
-        return self._spend_the_rest(widths, current, costs, affordable)
+        while (wider := self._spend_the_rest(widths, current, costs, affordable)) != widths:
+            widths = wider
+            if budget.count(costs, widths) >= ENOUGH * most:
+                break
+        return widths
 
     def _spend_the_rest(
         self,
@@ -170,13 +235,24 @@ class Selection:
         costs: Costs,
         affordable: Callable[[Mapping[str, int]], bool],
     ) -> dict[str, int]:
-        """Groups of one size all change at the same level, which leaves something over: give it back, one by one."""
+        """Groups of one size all change at the same level, which leaves something over: one step more for each."""
         packs = _members(costs.packs, widths)
         alone = [[name] for name in widths if name not in costs.packs]
         for members in sorted([*alone, *packs], key=lambda m: widths[m[0]] / costs.original[m[0]]):
             wider = {**widths, **{name: min(widths[name] + costs.steps[name], current[name]) for name in members}}
-            widths = wider if affordable(wider) else widths
+            if affordable(wider) and self._out_of_balance(costs, wider) <= self._out_of_balance(costs, widths):
+                widths = wider
         return widths
+
+
+def _lean(costs: Costs, current: Mapping[str, int], groups: Iterable[str]) -> dict[str, float]:
+    """Group -> from -1, where its units have parameters only, to 1, where they have multiply-accumulates only."""
+
+    def of_one(count: Callable[[Mapping[str, int]], int], name: str) -> float:
+        return 1 - count({**current, name: current[name] - 1}) / count(current)
+
+    shares = {name: (of_one(costs.macs, name), of_one(costs.params, name)) for name in groups}
+    return {name: (macs - params) / (macs + params) for name, (macs, params) in shares.items()}
 
 
 def _strictest(

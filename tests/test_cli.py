@@ -15,6 +15,7 @@ from lightning_slim.cli import main
 from lightning_slim.masks import NM, Distribution, Pattern, Regrowth, WeightScore
 from lightning_slim.schedules import Linear, Schedule
 from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
+from lightning_slim.selection import Selection
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,14 +167,16 @@ def test_a_combination_of_scores_goes_through_yaml() -> None:
 
 
 @pytest.mark.parametrize("round_to", [1, 8, "auto"])
-def test_rounding_goes_through_yaml_as_a_number_and_as_auto(round_to: int | str) -> None:
+def test_a_selection_goes_through_yaml(round_to: int | str) -> None:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(GrangerPrune, "callback")
-    text = f"callback: {{class_path: lightning_slim.GrangerPrune, init_args: {{round_to: {round_to}}}}}"
+    text = f"callback: {{class_path: lightning_slim.GrangerPrune, init_args: {{round_to: {round_to}, "
+    text += "scope: isomorphic, macs_to_params: [0.8, 1.25]}}"
     again = parser.parse_string(parser.dump(parser.parse_string(text)))
-    assert parser.instantiate_classes(again).callback.selection.round_to == round_to
+    selection = parser.instantiate_classes(again).callback.selection
+    assert selection == Selection("isomorphic", round_to, macs_to_params=(0.8, 1.25))
 
 
 def test_granger_prune_with_its_defaults_goes_through_yaml() -> None:

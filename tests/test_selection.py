@@ -12,7 +12,8 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import nn
 
-from lightning_slim import Granger, MACs, Magnitude, OneShot, Pruner, Units, find_groups
+from lightning_slim import Granger, MACs, Magnitude, OneShot, Params, Pruner, Units, find_groups
+from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.isomorphism import classes
 from lightning_slim.selection import Scope, Selection, plan_for, steepness
@@ -181,9 +182,70 @@ def test_bounds_of_one_group_of_a_pack_are_bounds_of_all() -> None:
     assert set(pruner.costs.ceilings.values()) == {3}
 
 
+def test_the_ratio_of_macs_to_params_by_hand() -> None:
+    """A layer's own is its number of positions, whatever its width; a network's goes by which layers shrink."""
+    network = nn.Sequential(nn.Conv1d(1, 8, 1, bias=False), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    network.append(nn.Linear(8, 6, bias=False)).append(nn.Linear(6, 2, bias=False))
+    x = torch.randn(1, 1, 100)
+    groups = find_groups(network, x)
+    costs = Costs.of(network, groups, find_work(network, {"": Example((x,), samples=1)}))
+    whole = (100 * 8 + 8 * 6 + 6 * 2) / (8 + 8 * 6 + 6 * 2)
+    for a, b in ((8, 6), (4, 6), (8, 3), (2, 2)):
+        ratio = (100 * a + a * b + b * 2) / (a + a * b + b * 2)
+        assert costs.macs_to_params({"0": a, "3": b}) == pytest.approx(ratio / whole)
+
+
+BOUNDS = (0.97, 1.03)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("budget", [Units(0.4), Params(0.5), MACs(0.5)], ids=lambda budget: type(budget).__name__)
+def test_macs_per_parameter_stay_within_bounds(scope: str, budget: Budget) -> None:
+    torch.manual_seed(0)
+    network, x = Mixed((32, 48, 64), 80), images(0)[0]
+    costs = Costs.of(network, find_groups(network, x), find_work(network, {"": Example((x,), samples=16)}))
+    loud = {"c1": 3.0, "c2": 2.5, "up": 1.5, "fc1": 1.0}  # so that layers of many positions keep most
+    importance = {name: loud[name] * (0.5 + torch.rand(units)) for name, units in costs.original.items()}
+    fit = {
+        bounds: Selection(scope, macs_to_params=bounds).fit(  # type: ignore[arg-type]
+            budget.target(costs), budget, costs, costs.original, importance
+        )
+        for bounds in (None, BOUNDS)
+    }
+    without, within = (costs.macs_to_params(widths) for widths in fit.values())
+    assert BOUNDS[0] <= within <= BOUNDS[1]
+    assert scope == "local" or without > 1.1
+    assert 0.95 * budget.target(costs) <= budget.remaining(costs, fit[BOUNDS]) <= budget.target(costs)
+
+
+def test_wide_bounds_change_nothing_and_close_ones_tilt_within_classes() -> None:
+    torch.manual_seed(0)
+    network, x = resnet18(), torch.randn(2, 3, 32, 32)
+    groups = find_groups(network, x)
+    whole = Costs.of(network, groups, find_work(network, {"": Example((x,), samples=2)}))
+    importance = {name: torch.rand(units) for name, units in whole.original.items()}
+
+    def ratio(bounds: tuple[float, float] | None) -> float:
+        selection = Selection("isomorphic", macs_to_params=bounds)
+        costs = selection.bounded(whole, network, groups)
+        return costs.macs_to_params(selection.fit(0.5, MACs(0.5), costs, costs.original, importance))
+
+    free = ratio(None)
+    assert ratio((0.2, 5.0)) == free
+    bound = 1 + (free - 1) / 2
+    assert abs(ratio((min(bound, 1.0), max(bound, 1.0))) - 1) < abs(free - 1)
+
+
+def test_bounds_that_no_width_keeps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"can be kept with Units\(.*got \(0.9999, 1.0001\): the closest is"):
+        bounded(macs_to_params=(0.9999, 1.0001))
+
+
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
+        ({"macs_to_params": (1.1, 1.3)}, r"the original's 1 between them.*got \(1.1, 1.3\)"),
+        ({"macs_to_params": (0.0, 1.3)}, "the original's 1 between them"),
         ({"keep_at_least": {"c1": 1.5}}, r"fractions in \(0, 1\] in `keep_at_least`, got 1.5"),
         ({"keep_at_most": {"nowhere": 0.5}}, "`keep_at_most` to name layers.*got 'nowhere'"),
         ({"keep_at_least": {"c*": 0.5}, "keep_at_most": {"Conv2d": 0.25}}, "`keep_at_most` to leave c1 at least 4"),

@@ -71,6 +71,8 @@ class Prune(SlimCallback):
         keep_at_least: layer -> fraction of its original units that stays whatever the budget, by names, patterns and
             types as for `skip`.
         keep_at_most: the same, for what may stay at most, from the first cut on.
+        macs_to_params: bounds of the slim network's multiply-accumulates per parameter, relative to the original's,
+            such as (0.8, 1.25); None lets them be.
         labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
     """
@@ -95,13 +97,14 @@ class Prune(SlimCallback):
         protect_significant: float | None = None,
         keep_at_least: Mapping[str, float] | None = None,
         keep_at_most: Mapping[str, float] | None = None,
+        macs_to_params: tuple[float, float] | None = None,
         labels: int | str = 1,
         print_report: bool = True,
     ) -> None:
         if record_every_n_steps < 1:
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
-        self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {})
+        self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {}, macs_to_params)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
