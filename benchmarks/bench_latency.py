@@ -40,7 +40,7 @@ def main() -> None:
         event = pruner.step(0.5)
         assert event is not None
         with evaluating(dense), evaluating(slim), torch.no_grad():
-            times = time_side_by_side([lambda: dense(x), lambda net=slim: net(x)], seconds=15)
+            times = time_side_by_side([lambda: dense(x), lambda net=slim: net(x)], seconds=8)
         macs = event.macs / pruner.costs.whole.macs(pruner.costs.original)
         asked = f"| {fraction} | {scope} | {round_to} "
         print(f"{asked}| {event.reached:.3f} | {times[1] / times[0]:.3f} | {macs:.3f} | {seconds:.1f} |", flush=True)

@@ -17,15 +17,16 @@ import torch
 from torch import nn
 
 from lightning_slim.costs import Costs, Table, Widths
-from lightning_slim.profile import evaluating, one_thread
+from lightning_slim.profile import evaluating, one_thread, steady_memory
 from lightning_slim.surgery import Example, remove_units
 from lightning_slim.units import UnitGroup
 from lightning_slim.weight_norm import settle
 
+LEVELS = 16  # of all widths, at which layers are timed
 ROUNDS, SECONDS, MOST_ROUNDS = 9, 2.0, 100  # at least, then for so long, but not more
 STEPS = (16, 8, 4, 2)
 WIDEST = 32  # at more, a step is too small a part of a layer's time to be told from noise
-CHEAPER = 1.1
+CHEAPER = 1.12
 
 
 def check_device(model: nn.Module) -> None:
@@ -64,13 +65,26 @@ def measure(
     return table
 
 
+def steps_of_table(costs: Costs) -> dict[str, int]:
+    """No finer than what a table tells apart: the largest power of two in a sixteenth of a group, of at most 16.
+
+    Odd widths between those of the table would often be slower than it says.
+
+    Returns:
+        Group -> step, of all groups of units; the groups of a pack stay in step.
+    """
+    alike = {name: costs.original[name] // step for name, step in costs.steps.items()}
+    units = {name: 2 ** max((min(alike[name] // LEVELS, 16)).bit_length() - 1, 0) for name in alike}
+    return {name: units[name] * step for name, step in costs.steps.items() if name not in costs.blocks.values()}
+
+
 def best_steps(
     model: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, Example], costs: Costs
 ) -> dict[str, int]:
     """What the width of each group should be a multiple of on this machine.
 
     Kernels take units in packets: between two full ones a width costs (nearly) as much as the next full one, or more.
-    So a step s of 16, 8, 4 and 2 is good for a group if its layers take at least 10 % longer halfway between two
+    So a step s of 16, 8, 4 and 2 is good for a group if its layers take at least 12 % longer halfway between two
     multiples of s than the two multiples say, by linear interpolation in the multiply-accumulates of these layers. The
     largest good one is taken; 1 if there is none. What takes time at any width cancels out. Widths are tried just below
     the largest power of two that a group has, of at most 32; steps are no larger than half of that. All groups are cut
@@ -161,7 +175,7 @@ def _times(
     layers = {work.layer for work in costs.work}
     times: list[defaultdict[str, list[float]]] = [defaultdict(list) for _ in rows]
     order, shuffle, begin = list(range(len(copies))), random.Random(0), time.perf_counter()
-    with one_thread():
+    with one_thread(), steady_memory():
         for done in range(MOST_ROUNDS):
             if done > ROUNDS and time.perf_counter() - begin > SECONDS:
                 break

@@ -22,7 +22,7 @@ from lightning_slim.evidence import evidence_of
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.latency import best_steps, check_device, measure
+from lightning_slim.latency import LEVELS, best_steps, check_device, measure, steps_of_table
 from lightning_slim.patches import with_patches
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import Effect, Recorder
@@ -450,7 +450,9 @@ class Pruner:
             costs = replace(costs, steps=costs.steps | self.agree(steps))
         if isinstance(self.budget, Latency):
             check_device(self.model)
-            rows = self.selection.course(costs)
+            if self.selection.round_to == 1:
+                costs = replace(costs, steps=costs.steps | steps_of_table(costs))
+            rows = self.selection.course(costs, LEVELS)
             table = measure(self.model, groups, calls, costs, rows) if self.leads else {}
             costs = replace(costs, table=self.agree(table))
         return costs

@@ -19,7 +19,6 @@ from lightning_slim.units import Plan, UnitGroup, most_important_first
 
 Scope = Literal["local", "global", "isomorphic"]
 RoundTo = int | Literal["auto"]
-LEVELS = 16  # at which latency is measured
 ENOUGH = 0.98  # of a budget, to be spent by rounding
 TILT = 4.0  # a side may be favoured by up to e^4
 
@@ -101,13 +100,15 @@ class Selection:
         alike = classes(model, groups) if self.scope == "isomorphic" else {}
         return replace(costs, floors=floors, ceilings=ceilings, steps=costs.steps | units, classes=alike)
 
-    def course(self, costs: Costs) -> list[dict[str, int]]:
+    def course(self, costs: Costs, levels: int) -> list[dict[str, int]]:
         """Widths from the original to the smallest, the same fraction of all groups of units; all blocks are kept."""
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
         local = replace(self, scope="local")
-        levels = [level / LEVELS for level in range(LEVELS, -1, -1)]
         blocks = {name: costs.original[name] for name in costs.blocks.values()}
-        rows = [{**local.widths(level, costs, costs.original, everything), **blocks} for level in levels]
+        rows = [
+            {**local.widths(level / levels, costs, costs.original, everything), **blocks}
+            for level in range(levels, -1, -1)
+        ]
         return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
     def widths(

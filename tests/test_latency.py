@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from lightning_slim import Latency, MACs, Magnitude, OneShot, Pruner, Units, find_groups, latency
 from lightning_slim.costs import Costs
 from lightning_slim.latency import best_steps, measure
+from lightning_slim.profile import steady_memory
 from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, find_work
 from tests.machines import in_packets, steady  # noqa: F401
@@ -100,6 +103,31 @@ def test_a_width_that_takes_longer_than_a_larger_one_counts_as_that_one(monkeypa
     table = measure(network, groups, {"": Example((x,))}, costs, rows)
     assert table["2"] == [(0.25, 2.0), (0.5, 2.0), (0.75, 3.0), (1.0, 3.0)]
     assert table["4"] == [(1.0, 3.0)]  # it reads another group
+
+
+def test_widths_are_no_finer_than_the_table() -> None:
+    network = nn.Sequential(nn.Linear(20, 700), nn.ReLU(), nn.Linear(700, 100), nn.ReLU(), nn.Linear(100, 31))
+    network.extend([nn.ReLU(), nn.Linear(31, 5)])
+    pruner = prepared(1, network, budget=Latency(0.9), compensate="none")
+    assert pruner.costs.steps == {"0": 16, "2": 4, "4": 1}  # of 700 / 16, 100 / 16 and 31 / 16
+    assert prepared(2, network, budget=Latency(0.9), compensate="none").costs.steps == {"0": 2, "2": 2, "4": 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc hands memory back")
+def test_memory_stays_while_times_are_measured() -> None:
+    import resource
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(2**24)  # 64 MiB: more than glibc ever keeps by itself
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if (before := faults()) < 5000:
+        pytest.skip("pages are large here, or memory stays anyway")
+    with steady_memory():
+        faults()
+        assert faults() < before / 5
 
 
 def test_blocks_are_whole_while_the_table_is_measured() -> None:
