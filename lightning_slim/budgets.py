@@ -119,7 +119,9 @@ class Bytes(Budget):
 class Latency(Budget):
     """Time of a forward pass of the example batch that may remain, on this machine: CPU time of one thread.
 
-    It goes by a table that is measured once, when a run begins: what every layer takes at several widths.
+    It goes by a table that is measured once, when a run begins: what every layer takes at sixteenths of all widths.
+    Widths are no finer than that: with `round_to=1`, multiples of the largest power of two in a sixteenth of a group,
+    or of 16. Page faults do not count: freed memory stays with the process while it is measured.
 
     Attributes:
         fraction: of the original's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,8 @@ class Costs:
         packs: group -> pack, of those that must keep as many units as others.
         floors: group -> how many units must stay at least.
         ceilings: group -> how many units may stay at most, where that is bounded.
+        steps: group -> what its width is a multiple of.
+        classes: group -> class of those that its units are ranked among; empty if among all.
         storage: bytes of the whole state dict; a tied tensor counts once.
         itemsizes: tensor -> bytes of an entry, of those of `shapes` that are in the state dict.
         buffers: those of `shapes` that are no parameters.
@@ -79,6 +81,8 @@ class Costs:
     packs: dict[str, str]
     floors: dict[str, int]
     ceilings: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
     storage: int = 0
     itemsizes: dict[str, int] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
@@ -111,6 +115,9 @@ class Costs:
         names = {*axes, *inside, *(name for each in work for name in each.tensors)}
         shapes = {name: list(tensors[name].shape) for name in tensors if name in names}
         packs = {group.name: group.pack for group in groups if group.pack}
+        least: dict[str, int] = {}  # pack -> in how many steps all of it can shrink alike
+        for name, pack in packs.items():
+            least[pack] = min(original[name], least.get(pack, original[name]))
         stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
         return cls(
             original=original,
@@ -120,6 +127,7 @@ class Costs:
             axes=axes,
             packs=packs,
             floors={group.name: group.floor for group in groups},
+            steps={name: units // least[packs[name]] if name in packs else 1 for name, units in original.items()},
             storage=sum(t.numel() * t.itemsize for t in stored.values()),
             itemsizes={name: tensors[name].itemsize for name in shapes if id(tensors[name]) in stored},
             buffers=tuple(name for name in shapes if not isinstance(tensors[name], nn.Parameter)),
@@ -144,6 +152,11 @@ class Costs:
         left = (each for each in self.work if not f"{each.layer}.".startswith(lost))
         return round(sum(each.macs * self._share(each, widths) for each in left))
 
+    def macs_to_params(self, widths: Widths) -> float:
+        """Multiply-accumulates per parameter that stays, relative to those of the original."""
+        whole = self.whole
+        return self.macs(widths) / self.params(widths) / (whole.macs(self.original) / whole.params(self.original))
+
     def milliseconds(self, widths: Widths) -> float:
         """Time of one forward pass of the example batch, from the measured table; between its entries, linear."""
         if not self.table:
@@ -154,8 +167,16 @@ class Costs:
 
     def share(self, layer: str, widths: Widths) -> float:
         """Share of a layer's multiply-accumulates that stays."""
-        own = [each for each in self.work if each.layer == layer]
-        return sum(each.macs * self._share(each, widths) for each in own) / sum(each.macs for each in own)
+        return self.macs_of({layer}, widths) / self.macs_of({layer}, self.original)
+
+    def macs_of(self, layers: Collection[str], widths: Widths) -> float:
+        """Multiply-accumulates of some layers, none of them in a block that goes."""
+        return sum(each.macs * self._share(each, widths) for each in self.work if each.layer in layers)
+
+    def layers_of(self, group: str) -> set[str]:
+        """The layers whose work shrinks with a group."""
+        touched = {name for name, axes in self.axes.items() if any(group in axis.per_unit for axis in axes.values())}
+        return {each.layer for each in self.work if not touched.isdisjoint(each.tensors)}
 
     def ranked(self, importance: Mapping[str, Float[Tensor, "units"]]) -> Costs:
         """The costs where the most important blocks stay; `importance` is in the order of `blocks`."""

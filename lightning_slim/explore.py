@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -121,18 +121,16 @@ def draw_widths(
     budget: Budget,
     costs: Costs,
     importance: Mapping[str, Float[Tensor, "units"]],
-    round_to: int,
     generator: torch.Generator,
 ) -> dict[str, int]:
     """Random widths at a budget: every group's fraction is uniform, and all are scaled alike until the budget is met.
 
-    Fractions that would be above 1 are 1. Floors, ceilings and packs of the costs hold.
+    Fractions that would be above 1 are 1. Floors, ceilings, packs and steps of the costs hold.
 
     Args:
         budget: what may remain.
         costs: of a model that was not cut yet.
         importance: of its units; the most important blocks stay.
-        round_to: widths are multiples of this.
         generator: draws.
 
     Returns:
@@ -142,10 +140,11 @@ def draw_widths(
         ValueError: no draw came within 2 % of the budget.
     """
     target, closest = budget.target(costs), 0.0
+    costs = replace(costs, classes={})
     for _ in range(TRIES):
         fractions = dict(zip(importance, torch.rand(len(importance), generator=generator).tolist(), strict=True))
         by_share = {name: _proportional(fractions[name], values) for name, values in importance.items()}
-        widths = Selection("global", round_to).fit(target, budget, costs, costs.original, by_share)
+        widths = Selection("global").fit(target, budget, costs, costs.original, by_share)
         remaining = budget.remaining(costs, widths)
         if abs(remaining / target - 1) <= TOLERANCE:
             return widths

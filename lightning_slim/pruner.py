@@ -22,7 +22,7 @@ from lightning_slim.evidence import evidence_of
 from lightning_slim.folding import Compensate, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.latency import measure
+from lightning_slim.latency import LEVELS, best_steps, check_device, measure, steps_of_table
 from lightning_slim.patches import with_patches
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import Effect, Recorder
@@ -155,6 +155,7 @@ class Pruner:
         self.agree: Agree = alone  # several processes: what rank 0 says
         self.average: Callable[[Tensor], Tensor] = alone  # several processes: the mean over ranks
         self.ranks = 1  # how many processes
+        self.leads = True  # whether this one measures for all
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
@@ -192,11 +193,8 @@ class Pruner:
         if self.compensate == "exact":
             groups = [with_patches(self.model, group) for group in groups]
         costs = self.selection.bounded(Costs.of(self.model, groups, find_work(self.model, calls)), self.model, groups)
-        if isinstance(self.budget, Latency):
-            whole = {"": example_inputs} if networks is None else networks
-            whole_calls = {name: as_example(call) for name, call in whole.items()}
-            smallest = self._smallest(costs)
-            costs = replace(costs, table=self.agree(measure(self.model, groups, whole_calls, costs, smallest)))
+        whole = {"": example_inputs} if networks is None else networks
+        costs = self._measured(costs, groups, {name: as_example(call) for name, call in whole.items()})
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
         self._original_index = {group.name: torch.arange(group.size) for group in groups}
@@ -376,7 +374,7 @@ class Pruner:
     def _plan(self, asked: float, scores: Mapping[str, UnitScores]) -> Plan:
         importance = {name: found.importance for name, found in scores.items()}
         across = importance if self.score.absolute else {name: comparable(v) for name, v in importance.items()}
-        across |= self._steepness(scores) if self.selection.scope == "global" else {}
+        across |= self._steepness(scores) if self.selection.scope != "local" else {}
         costs = self.costs
         if self.alpha is not None:
             tested = {name: found.log_p for name, found in scores.items() if found.log_p is not None}
@@ -468,11 +466,25 @@ class Pruner:
             stacklevel=3,
         )
 
+    def _measured(self, costs: Costs, groups: list[UnitGroup], calls: Mapping[str, Example]) -> Costs:
+        """The costs with all that has to be measured of this machine, by one process for all."""
+        if self.selection.round_to == "auto":
+            check_device(self.model)
+            steps = best_steps(self.model, groups, calls, costs) if self.leads else {}
+            costs = replace(costs, steps=costs.steps | self.agree(steps))
+        if isinstance(self.budget, Latency):
+            check_device(self.model)
+            if self.selection.round_to == 1:
+                costs = replace(costs, steps=costs.steps | steps_of_table(costs))
+            rows = self.selection.course(costs, LEVELS)
+            table = measure(self.model, groups, calls, costs, rows) if self.leads else {}
+            costs = replace(costs, table=self.agree(table))
+        return costs
+
     def _smallest(self, costs: Costs) -> dict[str, int]:
         """The smallest widths that are allowed."""
         everything = {name: torch.ones(units) for name, units in costs.original.items()}
-        start = costs.original
-        return self.selection.widths(0.0, start, start, everything, costs.packs, costs.floors, costs.blocks.values())
+        return self.selection.widths(0.0, costs, costs.original, everything)
 
     def _check_reachable(self, costs: Costs) -> None:
         smallest = self._smallest(costs)
@@ -493,6 +505,8 @@ class Pruner:
                 f"{closest:.1%} remains. Ask for at least {least}, skip less, or lower `round_to` or `keep_at_least`. "
                 f"Left whole: {'; '.join(f'{layer}: {reason}' for layer, reason in self.left_whole.items())}."
             )
+        if not self.budget.open_ended:
+            self.selection.check_balance(self.budget, costs)
 
     def _new_recorder(self) -> Recorder:
         needs = self.witnessed.needs

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
+from lightning_slim.isomorphism import classes
 from lightning_slim.skipping import skips
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, most_important_first
+from lightning_slim.units import Plan, UnitGroup, most_important_first
 
-Scope = Literal["local", "global"]
+Scope = Literal["local", "global", "isomorphic"]
+RoundTo = int | Literal["auto"]
+ENOUGH = 0.98  # of a budget, to be spent by rounding
+TILT = 4.0  # a side may be favoured by up to e^4
 
 
 @dataclass(frozen=True)
@@ -26,35 +30,48 @@ class Selection:
     Attributes:
         scope: `"local"`: every group keeps the same fraction of its original units; `"global"`: the units with the
             highest importance stay, wherever they are; of units that are chosen greedily, those that add most for
-            what they cost.
-        round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes.
+            what they cost; `"isomorphic"`: the same among groups of the same structure, each such class keeping the
+            same fraction, for importance compares among equals only (Fang et al., 2024, Isomorphic Pruning).
+        round_to: widths are rounded up to multiples of this (8 suits most CPUs and GPUs), as far as the original goes;
+            `"auto"`: of what suits this machine, group by group, as `latency.best_steps` measures it when a run begins.
         keep_at_least: layer -> fraction of its original units that stays whatever the budget; names, patterns and
             types as for `skip`, of the layers that make the units; of several that mean one layer, the largest.
         keep_at_most: the same, for what may stay at most, from the first cut on; of several, the smallest. Groups that
             must shrink alike have the bounds of each other.
+        macs_to_params: bounds of the slim network's multiply-accumulates per parameter, relative to the original's:
+            (0.8, 1.25) keeps the balance between layers of many positions and layers of many weights (after He et al.,
+            2023, Network Pruning Spaces). Where a budget would leave it, layers on the one side keep more and those on
+            the other less, by as little as it takes; with `scope="isomorphic"`, only within classes. None lets it be.
     """
 
     scope: Scope = "local"
-    round_to: int = 1
+    round_to: RoundTo = 1
     keep_at_least: Mapping[str, float] = field(default_factory=dict)
     keep_at_most: Mapping[str, float] = field(default_factory=dict)
+    macs_to_params: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.scope not in ("local", "global"):
-            raise ValueError(f'Expected `scope` to be "local" or "global", got {self.scope!r}.')
-        if self.round_to < 1:
-            raise ValueError(f"Expected `round_to` of at least 1, got {self.round_to}.")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f'Expected `scope` to be "local", "global" or "isomorphic", got {self.scope!r}.')
+        if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise ValueError(f'Expected `round_to` of at least 1, or "auto", got {self.round_to!r}.')
+        if self.macs_to_params is not None and not 0 < self.macs_to_params[0] <= 1 <= self.macs_to_params[1]:
+            raise ValueError(
+                "Expected `macs_to_params` to be two bounds with the original's 1 between them, such as (0.8, 1.25), "
+                f"got {self.macs_to_params}."
+            )
         for argument in ("keep_at_least", "keep_at_most"):
             for entry, fraction in getattr(self, argument).items():
                 if not 0 < fraction <= 1:
                     raise ValueError(f"Expected fractions in (0, 1] in `{argument}`, got {fraction} for {entry!r}.")
 
     def bounded(self, costs: Costs, model: nn.Module, groups: Iterable[UnitGroup]) -> Costs:
-        """The costs with the floors and ceilings that were asked for.
+        """The costs with the floors, ceilings, steps and classes asked for; steps that are `"auto"` are to be measured.
 
         Raises:
             ValueError: an entry means no layer whose units can be removed, or a floor is above a ceiling.
         """
+        groups = list(groups)
         members: dict[str, list[UnitGroup]] = {}
         for group in groups:
             members.setdefault(group.pack or group.name, []).append(group)
@@ -78,40 +95,56 @@ class Selection:
                         f"Expected `keep_at_most` to leave {group.name} at least {floors[group.name]} of its "
                         f"{group.size} units, got {most[pack]}: raise it, or lower `keep_at_least`."
                     )
-        return replace(costs, floors=floors, ceilings=ceilings)
+        multiple = 1 if self.round_to == "auto" else self.round_to
+        units = {name: multiple * step for name, step in costs.steps.items() if name not in costs.blocks.values()}
+        alike = classes(model, groups) if self.scope == "isomorphic" else {}
+        return replace(costs, floors=floors, ceilings=ceilings, steps=costs.steps | units, classes=alike)
+
+    def course(self, costs: Costs, levels: int) -> list[dict[str, int]]:
+        """Widths from the original to the smallest, the same fraction of all groups of units; all blocks are kept."""
+        everything = {name: torch.ones(units) for name, units in costs.original.items()}
+        local = replace(self, scope="local")
+        blocks = {name: costs.original[name] for name in costs.blocks.values()}
+        rows = [
+            {**local.widths(level / levels, costs, costs.original, everything), **blocks}
+            for level in range(levels, -1, -1)
+        ]
+        return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
     def widths(
         self,
         level: float,
-        original: Mapping[str, int],
+        costs: Costs,
         current: Mapping[str, int],
         importance: Mapping[str, Float[Tensor, "units"]],
-        packs: Mapping[str, str] | None = None,
-        floors: Mapping[str, int] | None = None,
-        blocks: Collection[str] = (),
+        favour: Mapping[str, float] | None = None,
     ) -> dict[str, int]:
         """Widths at a level in [0, 1]: 1 keeps all, 0 as little as possible; never wider than now, never falling in it.
 
         Args:
             level: how much of the original units stays.
-            original: width of every group before anything was cut.
+            costs: what the model had before anything was cut, and what bounds its widths: floors, steps, packs; the
+                groups of a pack keep the same fraction of their original units, as much as the one that would alone
+                keep most.
             current: width of every group now.
             importance: of the units that are there now, comparable across groups; groups without stay as they are.
-            packs: group -> pack; the groups of a pack keep the same fraction of their original units, as much as the
-                one that would alone keep most.
-            floors: group -> how many units must stay at least; two where nothing else is said.
-            blocks: groups whose units are whole blocks: their numbers are not rounded.
+            favour: group -> above 1 where it is to keep more than others, below 1 where less.
         """
-        wanted = {name: level * original[name] for name in importance}
-        if self.scope == "global":
-            wanted = _most_important(level, original, importance)
-        floors = floors or {}
+        original = costs.original
+        favour = dict.fromkeys(importance, 1.0) if favour is None else favour
+        wanted = {name: level ** (1 / favour[name]) * original[name] for name in importance}
+        if self.scope != "local":
+            compared: dict[str, dict[str, Tensor]] = {}
+            for name, values in importance.items():
+                compared.setdefault(costs.classes.get(name, ""), {})[name] = values * favour[name]
+            for together in compared.values():
+                wanted |= _most_important(level, original, together)
         widths = {}
         for name in wanted:
-            least = max(wanted[name] - 1e-9, floors.get(name, MIN_UNITS))  # 0.7 * 10 is 7.000000000000001
-            step = 1 if name in blocks else self.round_to
+            least = max(wanted[name] - 1e-9, costs.floors[name])  # 0.7 * 10 is 7.000000000000001
+            step = costs.steps[name]
             widths[name] = min(math.ceil(least / step) * step, original[name], current[name])
-        for members in _members(packs or {}, widths):
+        for members in _members(costs.packs, widths):
             steps = min(original[name] for name in members)  # in which all of them can shrink alike
             most = max(math.ceil(widths[name] * steps / original[name]) for name in members)
             widths.update({name: most * original[name] // steps for name in members})
@@ -127,16 +160,61 @@ class Selection:
     ) -> dict[str, int]:
         """The largest widths at which at most `remaining` of the original budget is left.
 
-        Where even the smallest widths leave more, the smallest are returned.
+        Where even the smallest widths leave more, the smallest are returned; where no widths keep the bounds of
+        `macs_to_params`, those closest to them.
         """
-        costs, blocks = costs.ranked(importance), set(costs.blocks.values())
+        costs = costs.ranked(importance)
+        if self.macs_to_params is None:
+            return self._fitted(remaining, budget, costs, current, importance, None)
+        low, high = self.macs_to_params
+        lean = _lean(costs, current, importance)
+
+        def tilted(tilt: float) -> dict[str, int]:
+            favour = {name: math.exp(tilt * towards) for name, towards in lean.items()}
+            return self._fitted(remaining, budget, costs, current, importance, favour)
+
+        widths = tilted(0.0)
+        if low <= costs.macs_to_params(widths) <= high:
+            return widths
+        if costs.macs_to_params(widths) > high:  # the ratio rises with the tilt
+            return tilted(-TILT + TILT * _largest(lambda x: costs.macs_to_params(tilted(-TILT + TILT * x)) <= high))
+        return tilted(TILT - TILT * _largest(lambda x: costs.macs_to_params(tilted(TILT - TILT * x)) >= low))
+
+    def check_balance(self, budget: Budget, costs: Costs) -> None:
+        """Raises a ValueError where no widths keep both a budget and the bounds of `macs_to_params`."""
+        everything = {name: torch.ones(units) for name, units in costs.original.items()}
+        local = replace(self, scope="local")
+        widths = local.fit(budget.target(costs), budget, costs, costs.original, everything)
+        if self._out_of_balance(costs, widths) > 0:
+            raise ValueError(
+                f"Expected bounds of `macs_to_params` that can be kept with {budget}, got {self.macs_to_params}: the "
+                f"closest is {costs.macs_to_params(widths):.3f}. Widen them, ask for another budget, or skip less."
+            )
+
+    def _out_of_balance(self, costs: Costs, widths: Mapping[str, int]) -> float:
+        """How far some widths are beyond the bounds of `macs_to_params`, as a factor; 0 within."""
+        if self.macs_to_params is None:
+            return 0.0
+        ratio, (low, high) = costs.macs_to_params(widths), self.macs_to_params
+        return max(low / ratio, ratio / high, 1.0) - 1
+
+    def _fitted(
+        self,
+        remaining: float,
+        budget: Budget,
+        costs: Costs,
+        current: Mapping[str, int],
+        importance: Mapping[str, Float[Tensor, "units"]],
+        favour: Mapping[str, float] | None,
+    ) -> dict[str, int]:
+        """The largest affordable widths, given which groups are to keep more than others."""
+        blocks = set(costs.blocks.values())
         most = (remaining + 1e-12) * budget.whole(costs)
         bounds = {name: costs.ceilings[name] for name in importance if name in costs.ceilings}
         current = {name: min(units, bounds.get(name, units)) for name, units in current.items()}
 
         def at(level: float, fixed: Mapping[str, int]) -> dict[str, int]:
-            widths = self.widths(level, costs.original, current, importance, costs.packs, costs.floors, blocks)
-            return {**widths, **fixed}
+            return {**self.widths(level, costs, current, importance, favour), **fixed}
 
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.count(costs, widths) <= most
@@ -145,7 +223,11 @@ class Selection:
         # A block is worth many units: once it is known how many of them go, these may be wider.
         fixed = {name: widths[name] for name in blocks}
         widths = at(_largest(lambda level: affordable(at(level, fixed))), fixed)
-        return self._spend_the_rest(widths, current, costs, affordable)
+        while (wider := self._spend_the_rest(widths, current, costs, affordable)) != widths:
+            widths = wider
+            if budget.count(costs, widths) >= ENOUGH * most:
+                break
+        return widths
 
     def _spend_the_rest(
         self,
@@ -154,16 +236,24 @@ class Selection:
         costs: Costs,
         affordable: Callable[[Mapping[str, int]], bool],
     ) -> dict[str, int]:
-        """Groups of one size all change at the same level, which leaves something over: give it back, one by one."""
+        """Groups of one size all change at the same level, which leaves something over: one step more for each."""
         packs = _members(costs.packs, widths)
         alone = [[name] for name in widths if name not in costs.packs]
         for members in sorted([*alone, *packs], key=lambda m: widths[m[0]] / costs.original[m[0]]):
-            least = min(costs.original[name] for name in members)
-            rounded = 1 if members[0] in costs.blocks.values() else self.round_to
-            step = {name: rounded * costs.original[name] // least for name in members}
-            wider = {**widths, **{name: min(widths[name] + step[name], current[name]) for name in members}}
-            widths = wider if affordable(wider) else widths
+            wider = {**widths, **{name: min(widths[name] + costs.steps[name], current[name]) for name in members}}
+            if affordable(wider) and self._out_of_balance(costs, wider) <= self._out_of_balance(costs, widths):
+                widths = wider
         return widths
+
+
+def _lean(costs: Costs, current: Mapping[str, int], groups: Iterable[str]) -> dict[str, float]:
+    """Group -> from -1, where its units have parameters only, to 1, where they have multiply-accumulates only."""
+
+    def of_one(count: Callable[[Mapping[str, int]], int], name: str) -> float:
+        return 1 - count({**current, name: current[name] - 1}) / count(current)
+
+    shares = {name: (of_one(costs.macs, name), of_one(costs.params, name)) for name in groups}
+    return {name: (macs - params) / (macs + params) for name, (macs, params) in shares.items()}
 
 
 def _strictest(
@@ -248,7 +338,7 @@ def _concave_slopes(curve: Float[Tensor, "units"]) -> Float[Tensor, "units"]:
 def _most_important(
     level: float, original: Mapping[str, int], importance: Mapping[str, Float[Tensor, "units"]]
 ) -> dict[str, float]:
-    """How many of the globally most important units each group has, if `level` of all original units stay."""
+    """How many of the most important units of some groups each has, if `level` of their original units stay."""
     everywhere = torch.cat(list(importance.values())).sort(descending=True).values
     count = min(math.floor(level * sum(original[name] for name in importance) + 1e-9), len(everywhere))
     if count == 0:

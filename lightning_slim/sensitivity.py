@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from jaxtyping import Float
@@ -155,7 +155,7 @@ def take_away(
     """
     by_name = {group.name: group for group in groups if group.name in importance}
     sizes = {name: group.size for name, group in by_name.items()}
-    blocks = {name for name, group in by_name.items() if group.blocks}
+    now = replace(costs, original=sizes, steps=dict.fromkeys(sizes, 1))  # fractions are of what is there, not rounded
     together: dict[str, list[str]] = {}
     for name, group in by_name.items():
         together.setdefault(group.pack or name, []).append(name)
@@ -168,7 +168,7 @@ def take_away(
         metrics: dict[float, Metrics] = {}
         known = {0: whole}
         for fraction in fractions:
-            widths = Selection().widths(1 - fraction, sizes, sizes, theirs, costs.packs, costs.floors, blocks)
+            widths = Selection().widths(1 - fraction, now, sizes, theirs)
             plan = plan_for(widths, theirs)
             gone[fraction] = plan.removed
             if plan.removed not in known:  # a small group may lose as many units at two fractions

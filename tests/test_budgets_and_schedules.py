@@ -7,6 +7,7 @@ import math
 import pickle
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -34,17 +35,21 @@ from lightning_slim import (
     Stepwise,
     Units,
     find_groups,
+    latency,
     remove_units,
 )
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
-from lightning_slim.latency import measure
+from lightning_slim.latency import check_device
 from lightning_slim.profile import count_macs, time_side_by_side
 from lightning_slim.schedules import Schedule
-from lightning_slim.selection import Selection
+from lightning_slim.selection import Scope, Selection
 from lightning_slim.surgery import Example, find_work
+from tests.machines import in_packets
 from tests.networks import Mixed, images, mixed_plan
 from tests.surgery.test_cut import NETWORKS, some
+from tests.zoo.blocks import classifier, conv_norm
+from tests.zoo.residual import basic
 
 SCHEDULES, BUDGETS = Schedule.__subclasses__(), Budget.__subclasses__()
 DEFAULTS = {AccuracyBudget: partial(AccuracyBudget, "val_acc")}
@@ -178,7 +183,7 @@ def test_a_latency_that_no_width_has_is_refused() -> None:
         prepared(Latency(absolute=1e-6))
     costs = Costs.of(Mixed(), [], [])
     with pytest.raises(ValueError, match=r"Expected a model on the CPU.*got meta"):
-        measure(nn.Linear(2, 2, device="meta"), [], {}, costs, {})
+        check_device(nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="Expected a measured table of latencies"):
         Latency().count(costs, {})
 
@@ -204,6 +209,66 @@ def test_a_budget_is_reached_within_2_percent(kind: type[Budget], absolute: bool
     assert budget.target(costs) == pytest.approx(0.4)
 
 
+class Levels(nn.Module):
+    """Two levels, which must keep as many units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 96, 2, batch_first=True), nn.Linear(96, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def residual() -> nn.Module:
+    body = (conv_norm(3, 32), basic(32, 32), basic(32, 48, 2), basic(48, 48))
+    return nn.Sequential(*body, classifier(48))
+
+
+def transformer() -> tuple[nn.Module, torch.Tensor]:
+    layer = nn.TransformerEncoderLayer(48, 6, 96, batch_first=True)
+    layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Linear(5, 48), layers, nn.Linear(48, 3)), torch.randn(2, 7, 5)
+
+
+SIZED = {
+    "mixed": lambda: (Mixed((32, 48, 64), 80), images(0)[0]),
+    "residual": lambda: (residual(), torch.randn(2, 3, 16, 16)),
+    "transformer": transformer,
+    "pack": lambda: (Levels(), torch.randn(2, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("kind", CLOSED)
+@pytest.mark.parametrize("name", SIZED)
+def test_of_a_budget_nothing_is_left_that_the_rounding_could_spend(
+    name: str, kind: type[Budget], round_to: int, scope: str
+) -> None:
+    torch.manual_seed(0)
+    network, x = SIZED[name]()
+    costs = costs_of(network, x)
+    macs = {layer: costs.macs_of({layer}, costs.original) / 1e6 for layer in costs.table}
+    costs = replace(costs, table={layer: [(0.0, 0.1 * ms), (1.0, ms)] for layer, ms in macs.items()})
+    costs = Selection(scope, round_to).bounded(costs, network, find_groups(network, x))  # type: ignore[arg-type]
+    budget = kind(0.5)
+    importance = {group: torch.rand(units) for group, units in costs.original.items()}
+    widths = Selection(scope, round_to).fit(0.5, budget, costs, costs.original, importance)  # type: ignore[arg-type]
+    left = budget.remaining(costs, widths)
+    assert left <= 0.5 + 1e-9
+    assert all(widths[group] in (costs.original[group], -(-widths[group] // round_to) * round_to) for group in widths)
+    packs: dict[str, list[str]] = {}
+    for group in widths:
+        packs.setdefault(costs.packs.get(group, group), []).append(group)
+    wider = [
+        {**widths, **{group: min(widths[group] + costs.steps[group], costs.original[group]) for group in members}}
+        for members in packs.values()
+        if widths[members[0]] < costs.original[members[0]]
+    ]
+    assert left >= 0.98 * 0.5 or all(budget.remaining(costs, more) > 0.5 + 1e-9 for more in wider)
+
+
 @pytest.mark.parametrize("absolute", [0, -3.0, math.nan])
 @pytest.mark.parametrize("kind", CLOSED)
 def test_a_figure_that_is_not_above_0_is_refused(kind: type, absolute: float) -> None:
@@ -216,6 +281,15 @@ def prepared(budget: Budget, **kwargs) -> Pruner:
     pruner = Pruner(Mixed(), Magnitude(), budget, OneShot(0.5), compensate="none", **kwargs)
     pruner.prepare(images(0)[0][:2])
     return pruner
+
+
+@pytest.mark.parametrize("kind", CLOSED)
+def test_asked_and_reached_are_printed(kind: type[Budget], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_times", in_packets())
+    event = prepared(kind(0.62)).step(0.5)
+    assert event is not None
+    assert event.reached == pytest.approx(0.62, rel=0.02)
+    assert f" {100 * event.reached:.1f}% left (62.0% asked)" in str(event)
 
 
 def test_a_figure_is_what_is_left() -> None:

@@ -16,6 +16,7 @@ from lightning_slim.cli import main
 from lightning_slim.masks import NM, Distribution, Pattern, Regrowth, WeightScore
 from lightning_slim.schedules import Linear, Schedule
 from lightning_slim.scores import BatchNormScale, Combined, Granger, Score
+from lightning_slim.selection import Selection
 from tests.masks.test_contract import concrete
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,19 @@ def test_a_combination_of_scores_goes_through_yaml() -> None:
     again = parser.parse_string(parser.dump(parser.parse_string(written)))
     score = parser.instantiate_classes(again).callback.score
     assert score == Combined((Granger(3), BatchNormScale()), (2.0, 1.0))
+
+
+@pytest.mark.parametrize("round_to", [1, 8, "auto"])
+def test_a_selection_goes_through_yaml(round_to: int | str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(GrangerPrune, "callback")
+    text = f"callback: {{class_path: lightning_slim.GrangerPrune, init_args: {{round_to: {round_to}, "
+    text += "scope: isomorphic, macs_to_params: [0.8, 1.25]}}"
+    again = parser.parse_string(parser.dump(parser.parse_string(text)))
+    selection = parser.instantiate_classes(again).callback.selection
+    assert selection == Selection("isomorphic", round_to, macs_to_params=(0.8, 1.25))
 
 
 def test_granger_prune_with_its_defaults_goes_through_yaml() -> None:

@@ -17,14 +17,16 @@ from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.explore import Structure, draw_widths
 from lightning_slim.monitor import Monitor
+from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, find_work
 
 
-def costs_of(*widths: int) -> Costs:
+def costs_of(*widths: int, round_to: int = 1) -> Costs:
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     net = nn.Sequential(*layers[:-1])
     groups = find_groups(net, torch.randn(2, widths[0]))
-    return Costs.of(net, groups, find_work(net, {"": Example((torch.randn(1, widths[0]),))}))
+    costs = Costs.of(net, groups, find_work(net, {"": Example((torch.randn(1, widths[0]),))}))
+    return Selection(round_to=round_to).bounded(costs, net, groups)
 
 
 def importance(costs: Costs) -> dict[str, torch.Tensor]:
@@ -34,8 +36,8 @@ def importance(costs: Costs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("budget", [MACs(0.3), Params(0.5), Units(absolute=90)])
 @pytest.mark.parametrize("round_to", [1, 2])
 def test_all_draws_meet_the_budget_within_two_percent(budget: Budget, round_to: int) -> None:
-    costs, generator = costs_of(20, 64, 64, 64, 5), torch.Generator().manual_seed(0)
-    drawn = [draw_widths(budget, costs, importance(costs), round_to, generator) for _ in range(30)]
+    costs, generator = costs_of(20, 64, 64, 64, 5, round_to=round_to), torch.Generator().manual_seed(0)
+    drawn = [draw_widths(budget, costs, importance(costs), generator) for _ in range(30)]
     for widths in drawn:
         assert 0.98 * budget.target(costs) <= budget.remaining(costs, widths) <= budget.target(costs) + 1e-9
         assert all(2 <= width <= 64 and width % round_to == 0 for width in widths.values())
@@ -47,7 +49,7 @@ def test_all_draws_meet_the_budget_within_two_percent(budget: Budget, round_to: 
 def test_fractions_are_scaled_alike() -> None:
     costs, generator = costs_of(4, 400, 400, 2), torch.Generator().manual_seed(3)
     first, second = torch.rand(2, generator=torch.Generator().manual_seed(3)).tolist()
-    widths = list(draw_widths(Units(0.25), costs, importance(costs), 1, generator).values())
+    widths = list(draw_widths(Units(0.25), costs, importance(costs), generator).values())
     # 200 units in all, in the proportion of the two numbers that were drawn
     assert widths[0] == pytest.approx(200 * first / (first + second), abs=1.5)
     assert sum(widths) == 200
@@ -59,15 +61,15 @@ def test_floors_and_ceilings_hold() -> None:
     costs.ceilings["2"] = 30
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
-        widths = draw_widths(MACs(0.4), costs, importance(costs), 1, generator)
+        widths = draw_widths(MACs(0.4), costs, importance(costs), generator)
         assert widths["0"] >= 40
         assert widths["2"] <= 30
 
 
 def test_a_budget_that_no_draw_meets_is_refused() -> None:
-    costs = costs_of(4, 8, 2)
+    costs = costs_of(4, 8, 2, round_to=4)
     with pytest.raises(ValueError, match=r"Expected structures within 2% of MACs.* got 50\.0% .*lower `round_to`"):
-        draw_widths(MACs(0.6), costs, importance(costs), 4, torch.Generator())
+        draw_widths(MACs(0.6), costs, importance(costs), torch.Generator())
 
 
 def structure(before: float, after: float) -> Structure:

@@ -97,7 +97,7 @@ def explore(
     pruner = trials.look(make, record_batches, labels)
     importance, costs = pruner.importance(), pruner.costs
     generator = torch.Generator().manual_seed(seed)
-    drawn = [draw_widths(budget, costs, importance, selection.round_to, generator) for _ in range(n)]
+    drawn = [draw_widths(budget, costs, importance, generator) for _ in range(n)]
     left = costs.ranked(importance)
 
     def attempt(plan: Plan) -> tuple[Structure, LightningModule]:

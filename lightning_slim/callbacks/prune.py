@@ -35,7 +35,7 @@ from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, report
 from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.scores import Score
-from lightning_slim.selection import Scope, Selection
+from lightning_slim.selection import RoundTo, Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import Example, dropped, grow_back, recalibrating, resize_to
 from lightning_slim.weight_norm import settle
@@ -52,8 +52,10 @@ class Prune(SlimCallback):
         budget: what may remain in the end, of the original or as a figure; or `AccuracyBudget`: as little as keeps a
             metric, of which a schedule says no more than when the first step is taken.
         schedule: how much of the removal is done by which fraction of the run.
-        scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever.
-        round_to: widths are rounded up to multiples of this.
+        scope: `"local"`: every group keeps the same fraction; `"global"`: the most important units stay, wherever;
+            `"isomorphic"`: the same among groups of the same structure, each class of which keeps the same fraction.
+        round_to: widths are rounded up to multiples of this; `"auto"`: of what suits this machine, group by group, as
+            measured when the run begins.
         module: dotted name of the only part of the model that may be cut, such as `"backbone"`; all of it if empty.
         skip: what stays whole: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         compensate: `"least_squares"` folds the removed units into those that stay, `"mean"` puts their mean in their
@@ -76,6 +78,8 @@ class Prune(SlimCallback):
         keep_at_least: layer -> fraction of its original units that stays whatever the budget, by names, patterns and
             types as for `skip`.
         keep_at_most: the same, for what may stay at most, from the first cut on.
+        macs_to_params: bounds of the slim network's multiply-accumulates per parameter, relative to the original's,
+            such as (0.8, 1.25); None lets them be.
         labels: which item of a batch holds the labels, a number or a key, for scores that ask for them.
         print_report: whether to print and save the table of dense beside slim when the fit ends.
         when: `"during"` training, on the schedule; at the `"start"`, before the first step of the optimizer, all of it
@@ -95,7 +99,7 @@ class Prune(SlimCallback):
         budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
         schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
         scope: Scope = "local",
-        round_to: int = 1,
+        round_to: RoundTo = 1,
         module: str = "",
         skip: Skip = (),
         compensate: Compensate = "least_squares",
@@ -109,6 +113,7 @@ class Prune(SlimCallback):
         protect_significant: float | None = None,
         keep_at_least: Mapping[str, float] | None = None,
         keep_at_most: Mapping[str, float] | None = None,
+        macs_to_params: tuple[float, float] | None = None,
         labels: int | str = 1,
         print_report: bool = True,
         when: When = "during",
@@ -123,7 +128,7 @@ class Prune(SlimCallback):
         if record_every_n_steps < 1:
             raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
-        self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {})
+        self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {}, macs_to_params)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
@@ -215,7 +220,7 @@ class Prune(SlimCallback):
         self.pruner.budget = self._counted
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
-        self.pruner.ranks = trainer.world_size
+        self.pruner.ranks, self.pruner.leads = trainer.world_size, trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when == "end":
@@ -463,6 +468,9 @@ class Prune(SlimCallback):
         costs = self.pruner.costs
         groups = ", ".join(f"{name} ({units})" for name, units in costs.original.items())
         rank_zero_info(f"slim: {costs.parameters:,} params, {costs.macs(costs.original):,} MACs; can shrink: {groups}")
+        if self.selection.round_to == "auto":
+            steps = ", ".join(f"{name} {step}" for name, step in costs.steps.items())
+            rank_zero_info(f"slim: widths will be multiples of what suits this machine: {steps}")
         for layer, reason in self.pruner.left_whole.items():
             rank_zero_info(f"slim: {layer} stays whole: {reason}")
 

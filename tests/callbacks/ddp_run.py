@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -23,18 +24,22 @@ from lightning_slim import (
     GrangerPrune,
     GraSP,
     InputScreening,
+    Latency,
     Linear,
     Sensitivity,
     Taylor,
     WeightPrune,
+    latency,
 )
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.callbacks.screened import Classifier, batches, digits
 from tests.callbacks.test_depth import Deep, both
 from tests.callbacks.test_end import cut as end_cut
+from tests.callbacks.test_latency import granger, unused
 from tests.callbacks.test_resume import prune
 from tests.callbacks.test_start import cut
 from tests.callbacks.test_start import masked as start_masked
+from tests.machines import in_packets
 
 ROUNDS = {"start masks": 1, "WeightGraSP": 1, "WeightSynFlow": 100}
 STRATEGIES = {
@@ -89,6 +94,9 @@ def main() -> None:
         model, callback, data = Lit(), start_masked(probe_batches=1, distribution=Global(0.0)), loader(64)
     elif kind == "end":
         model, callback, data = Lit(), end_cut(schedule=Linear(0.0, 2 / 3)), loader(64)
+    elif kind == "latency":
+        model, callback, data = Lit(), granger(Latency(0.5), round_to="auto"), loader(64)
+        latency._times = in_packets(c1=2, c2=2, up=2, fc1=2) if rank_zero_only.rank == 0 else unused
     else:
         model, callback, data = Lit(), prune(kind), loader(64)
     callback.print_report = True

@@ -75,6 +75,13 @@ def test_ranks_are_equal_after_a_resume_too(tmp_path: Path) -> None:
     assert first[-1]["weights"]["net.c1.weight"].shape == straight[-1]["weights"]["net.c1.weight"].shape
 
 
+@pytest.mark.slow
+def test_ranks_go_by_what_the_first_one_measured(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "latency", "plain")  # the second would raise if it measured
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[-1]["weights"]["net.c2.weight"].shape < first[0]["weights"]["net.c2.weight"].shape
+
+
 @pytest.mark.parametrize(
     "kind",
     [kind if kind is WeightWanda else pytest.param(kind, marks=pytest.mark.slow) for kind in SCORES],
