@@ -6,9 +6,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_slim.accuracy import AccuracyBudget, AccuracySearch, Verdict
 from lightning_slim.callbacks.base import metrics_of
+from lightning_slim.pruner import NoEffectWarning
 
 
 class AccuracyGuard:
@@ -90,6 +92,15 @@ class AccuracyGuard:
     def _hear(self, trainer: Trainer) -> None:
         self.metrics = {}
         self.search.observe(float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]), src=0)))
+
+    def warn_if_idle(self) -> None:
+        """Says so where a run tried nothing."""
+        if not self.search.trials:
+            rank_zero_warn(
+                "No step was tried: the run ended before the schedule began, before the metric was logged, or before "
+                "anything was recorded.",
+                category=NoEffectWarning,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The search, and the way back."""

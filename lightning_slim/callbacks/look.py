@@ -11,10 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_slim.callbacks.step_watch import StepWatch
-from lightning_slim.capture import capture_calls
+from lightning_slim.callbacks.gathering import Gathering
 from lightning_slim.pruner import Pruner
-from lightning_slim.surgery import Example, recalibrating
+from lightning_slim.surgery import recalibrating
 
 
 class Look(Callback):
@@ -29,15 +28,9 @@ class Look(Callback):
     """
 
     def __init__(self, make: Callable[[nn.Module], Pruner], labels: int | str, every_n_steps: int = 1) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {every_n_steps}.")
-        self._make, self._every = make, every_n_steps
+        self._make = make
         self._pruner: Pruner | None = None
-        self._step = StepWatch(labels)
-        self._watching = ExitStack()
-        self._calls: dict[str, Example] = {}
-        self._batches = 0
-        self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
+        self._gathering = Gathering(labels, every_n_steps)
 
     @property
     def pruner(self) -> Pruner:
@@ -50,45 +43,28 @@ class Look(Callback):
         """Forgets all that was seen."""
         self._pruner = self._make(pl_module)
         self._pruner.agree = partial(trainer.strategy.broadcast, src=0)
-        self._batches, self._gradients_due = 0, []
+        self._gathering.begin_anew()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begin_anew(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.close()
-        if self._pruner is None:
-            return
-        pruner, due = self._pruner, self._batches % self._every == 0
-        self._batches += 1
-        if due or not pruner.prepared:
-            self._calls = self._watching.enter_context(capture_calls(pl_module))
-        if pruner.prepared and (due or not pruner.recorder.ready):
-            self._step.begin(pruner.recorder, trainer, pl_module, batch, batch_idx)
-            self._gradients_due = list(range(len(trainer.optimizers)))
+        self._gathering.close()
+        if self._pruner is not None:
+            self._gathering.begin(self._pruner, trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for i in [i for i in self._gradients_due if trainer.optimizers[i] is optimizer]:
-            self._gradients_due.remove(i)
-            if self.pruner.witnessed.needs_gradients:  # they are whole and unscaled here, and not clipped yet
-                self.pruner.recorder.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
+        if self._pruner is not None:
+            self._gathering.observe_gradients(self._pruner, trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._watching.close()
-        self._step.end(trainer, outputs, batch)
-        calls, self._calls = self._calls, {}
-        if self._pruner is not None and calls.keys() - self._pruner.networks:  # the first batch, or a new network
-            self._pruner.prepare(networks={**calls, **self._pruner.calls})
+        if self._pruner is not None:
+            self._gathering.end(self._pruner, trainer, outputs, batch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Looks away, whatever the step came to."""
-        self._watching.close()
-        self._step.close()
+        self._gathering.close()
 
 
 class Still(Callback):

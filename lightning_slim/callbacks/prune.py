@@ -21,24 +21,30 @@ from lightning_slim.callbacks.accuracy_guard import AccuracyGuard
 from lightning_slim.callbacks.base import SlimCallback, metrics_of
 from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
+from lightning_slim.callbacks.gathering import Gathering
 from lightning_slim.callbacks.phases import FineTuning, When, check_when
 from lightning_slim.callbacks.probe import Probe
 from lightning_slim.callbacks.snapshot import roll_back, take_snapshot
-from lightning_slim.callbacks.step_watch import StepWatch
+from lightning_slim.callbacks.telling import (
+    announce,
+    announce_cut,
+    dense_beside_slim,
+    log,
+    scalars_of,
+    warn_if_short,
+)
 from lightning_slim.candidates import Granularity
-from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import cut_tensors, remember_cut
 from lightning_slim.folding import Compensate
 from lightning_slim.guards import Guard
 from lightning_slim.history import History, PruningEvent
-from lightning_slim.pruner import NoEffectWarning, Pruner
-from lightning_slim.report import Report, report
+from lightning_slim.pruner import Pruner
+from lightning_slim.report import Report
 from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.scores import Score
 from lightning_slim.selection import RoundTo, Scope, Selection
 from lightning_slim.skipping import Skip, check_skip
-from lightning_slim.surgery import Example, dropped, grow_back, recalibrating, resize_to
-from lightning_slim.weight_norm import settle
+from lightning_slim.surgery import recalibrating
 
 
 class Prune(SlimCallback):
@@ -125,8 +131,6 @@ class Prune(SlimCallback):
         check_when(when, score, score.flow, probe_batches, rounds)
         if budget.monitored and when == "start":
             raise ValueError(f"Expected a run in which steps can be tried, got {budget} at the start: prune during it.")
-        if record_every_n_steps < 1:
-            raise ValueError(f"Expected `record_every_n_steps` of at least 1, got {record_every_n_steps}.")
         self.score, self.budget, self.schedule = score, budget, schedule
         self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {}, macs_to_params)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
@@ -143,11 +147,7 @@ class Prune(SlimCallback):
         self._pruner: Pruner | None = None
         self._guarding: AccuracyGuard | None = None
         self._point = -1  # the last point in time at which a cut was decided on
-        self._batches = 0
-        self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
-        self._calls: dict[str, Example] = {}
-        self._step = StepWatch(labels)
-        self._watching = ExitStack()
+        self._gathering = Gathering(labels, record_every_n_steps)
         self._recalibrating = ExitStack()
 
     @property
@@ -178,7 +178,8 @@ class Prune(SlimCallback):
         self._tuning.rates = []
         old = self._pruner
         if old is None or old.model is not pl_module or not old.prepared or not old.in_step:
-            self._point, self._batches, self._gradients_due = -1, 0, []
+            self._point = -1
+            self._gathering.begin_anew()
             if stage == "fit" and cut_tensors(pl_module) and not trainer.ckpt_path:
                 rank_zero_warn("The module was cut before: the budget counts from what is there now.")
             self._guarding = AccuracyGuard(self.budget) if isinstance(self.budget, AccuracyBudget) else None
@@ -200,16 +201,15 @@ class Prune(SlimCallback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "point": self._point,
-            "batches": self._batches,
-            "gradients_due": list(self._gradients_due),
+            "gathering": self._gathering.state_dict(),
             "rates": self._tuning.rates,
             "pruner": self.pruner.state_dict() if self._pruner is not None else {},
             "guarding": self._guarding.state_dict() if self._guarding is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._point, self._batches = state_dict["point"], state_dict["batches"]
-        self._gradients_due, self._tuning.rates = list(state_dict["gradients_due"]), state_dict.get("rates", [])
+        self._point, self._tuning.rates = state_dict["point"], state_dict["rates"]
+        self._gathering.load_state_dict(state_dict["gathering"])
         self.pruner.load_state_dict(state_dict["pruner"])
         if self._guarding is not None and state_dict["guarding"] is not None:
             self._guarding.load_state_dict(state_dict["guarding"])
@@ -238,8 +238,7 @@ class Prune(SlimCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self._recalibrating.close()
-        self._watching.close()  # a module that returns -1 from this hook skips the end of the batch
-        self._step.close()
+        self._gathering.close()  # a module that returns -1 from this hook skips the end of the batch
         if undecided(trainer):
             return
         self._tuning.follow(trainer, batch_idx)
@@ -249,43 +248,19 @@ class Prune(SlimCallback):
             self._search(self._guarding, trainer, pl_module, batch_idx)
         else:
             self._cut_if_due(trainer, pl_module, batch_idx)
-        records = self.when != "start"
-        due = records and self._batches % self.record_every_n_steps == 0
-        if not self.pruner.calls or (due and not self.history.events):
-            self._calls = self._watching.enter_context(capture_calls(pl_module))
-        if records and self.pruner.prepared and (due or not self.pruner.recorder.ready):
-            self._step.begin(self.pruner.recorder, trainer, pl_module, batch, batch_idx)
-            self._gradients_due = list(range(len(trainer.optimizers)))
-        self._batches += 1
+        self._gathering.begin(self.pruner, trainer, pl_module, batch, batch_idx, records=self.when != "start")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # Gradients are whole and unscaled here, and not clipped yet.
-        if not self.pruner.witnessed.needs_gradients or not self.pruner.prepared:
-            return
-        for i in [i for i in self._gradients_due if trainer.optimizers[i] is optimizer]:
-            self._gradients_due.remove(i)
-            self.pruner.recorder.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
+        self._gathering.observe_gradients(self.pruner, trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._watching.close()
-        if undecided(trainer):
-            return
-        self._step.end(trainer, outputs, batch)
-        calls, self._calls = self._calls, {}
-        new = calls.keys() - self.pruner.networks
-        if new and not self.history.events:  # the first batch, or one that calls a network for the first time
-            self.pruner.prepare(networks={**calls, **self.pruner.calls})
-            self._announce()
-        elif not self.pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
-            self.pruner.meet(calls)
+        if not undecided(trainer) and self._gathering.end(self.pruner, trainer, outputs, batch):
+            announce(self.pruner)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._tuning.close()
-        self._watching.close()
-        self._step.close()
-        self._recalibrating.close()
+        self._close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None and not trainer.sanity_checking:
@@ -296,7 +271,7 @@ class Prune(SlimCallback):
             self._guarding.after_epoch(trainer)
         if self.pruner.prepared:
             shown = ("slim/params_left", "slim/macs_left")
-            scalars = self._scalars(trainer)
+            scalars = self._scalars()
             pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
             pl_module.log_dict({**scalars, **self._tuning.scalars})
 
@@ -305,11 +280,11 @@ class Prune(SlimCallback):
             self._settle(self._guarding, trainer, pl_module, epoch=trainer.current_epoch, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tuning.close()
-        self._watching.close()
-        self._step.close()
-        self._recalibrating.close()
-        self._warn_if_short(trainer)
+        self._close()
+        if self.pruner.prepared and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_if_short(self.pruner)
+            if self._guarding is not None:
+                self._guarding.warn_if_idle()
         folder = trainer.log_dir or trainer.default_root_dir  # asked of all ranks: they agree on it
         if self.print_report and trainer.is_global_zero and self.pruner.prepared and self.pruner.calls:
             try:
@@ -321,6 +296,11 @@ class Prune(SlimCallback):
             Console().print(table)
 
     # --- details ---
+
+    def _close(self) -> None:
+        self._tuning.close()
+        self._gathering.close()
+        self._recalibrating.close()
 
     @property
     def _counted(self) -> Budget:
@@ -338,39 +318,7 @@ class Prune(SlimCallback):
             slim_metrics: of the model as it is.
             dense_metrics: of a dense model that was trained the same way, if there is one.
         """
-        slim = self.pruner.model
-        settle(slim)  # a weight with a graph behind it cannot be copied
-        dense = copy.deepcopy(slim)
-        for path in dropped(dense):
-            grow_back(dense, path)
-        resize_to(dense, self.pruner.original_shapes)
-        return report(
-            dense,
-            slim,
-            networks=self.pruner.calls,
-            dense_metrics=dense_metrics,
-            slim_metrics=slim_metrics,
-            left_whole=self.pruner.left_whole,
-        )
-
-    def _warn_if_short(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run or not self.pruner.prepared:  # type: ignore[attr-defined]
-            return
-        budget = self.pruner.budget
-        left, target = budget.remaining(self.pruner.costs, self.pruner.widths), budget.target(self.pruner.costs)
-        if self._guarding is not None and not self.trials:
-            rank_zero_warn(
-                "No step was tried: the run ended before the schedule began, before the metric was logged, or before "
-                "anything was recorded.",
-                category=NoEffectWarning,
-            )
-        if left > target + 1e-9 and not self.pruner.open_ended:
-            why = "the run stopped before the schedule ended" if self.pruner.recorder.ready else "nothing was recorded"
-            rank_zero_warn(
-                f"Pruning is not finished: {left:.1%} remains, {target:.1%} was asked for. Perhaps "
-                f"{why}, or steps were counted for each of several optimizers (give `max_epochs` then).",
-                category=NoEffectWarning,
-            )
+        return dense_beside_slim(self.pruner, slim_metrics, dense_metrics)
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         point = self._clock.point(trainer, batch_idx)
@@ -389,12 +337,12 @@ class Prune(SlimCallback):
         probe, flow = Probe(trainer, pl_module, self.probe_batches), self.pruner.witnessed.flow
         if not self.pruner.prepared:
             self.pruner.prepare(networks=probe.calls())
-            self._announce()
+            announce(self.pruner)
         rounds = self.rounds or (1 if flow is None else flow.rounds)
         for schedule, progress in in_rounds(self.budget.target(self.pruner.costs), rounds):
             self.pruner.schedule = schedule
             self.pruner.record_anew()
-            probe.record(self.pruner.recorder, self._step, self.pruner.witnessed, self.pruner.calls)
+            probe.record(self.pruner.recorder, self._gathering.step, self.pruner.witnessed, self.pruner.calls)
             self._cut(trainer, pl_module, progress)
         self.pruner.schedule, self._point = OneShot(0.0), 0
 
@@ -419,12 +367,11 @@ class Prune(SlimCallback):
             self._recalibrating.close()
             roll_back(trainer, pl_module, self, snapshot)
             self.pruner.load_state_dict(snapshot["pruner"])
-            self._gradients_due = []
+            self._gathering.drop_gradients()
             if self.reset_monitors:
                 reset_monitors(trainer)
         rank_zero_info(f"slim: epoch {epoch:g}, {guard.monitor}: {self.trials[-1]}")
-        for logger in trainer.loggers:
-            logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
+        log(trainer, self._scalars())
 
     def _cut(
         self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None
@@ -439,48 +386,10 @@ class Prune(SlimCallback):
             tell(trainer, pl_module, self.pruner.last_change)
             if self.reset_monitors:
                 reset_monitors(trainer)
-            self._log(trainer, event)
+            announce_cut(self.pruner, trainer, event)
+            log(trainer, self._scalars())
         return event
 
-    def _scalars(self, trainer: Trainer) -> dict[str, float]:
-        costs, widths = self.pruner.costs, self.pruner.widths
-        asked = self.history.events[-1].asked if self.history.events else 1.0
-        params, macs = costs.params(widths), costs.macs(widths)
-        return {
-            "slim/params": params,
-            "slim/macs": macs,
-            "slim/params_left": params / costs.parameters,
-            "slim/macs_left": macs / costs.whole.macs(costs.original),
-            "slim/asked": asked,
-            "slim/reached": self.pruner.budget.remaining(costs, widths),
-            **{f"slim/units/{name}": units for name, units in widths.items()},
-            **self._calibration(),
-            **({"slim/rolled_back": float(sum(not trial.kept for trial in self.trials))} if self._guarding else {}),
-        }
-
-    def _calibration(self) -> dict[str, float]:
-        """What the last selection found, beside what it finds where there is nothing: means over groups."""
-        told = list(self.history.events[-1].calibration.values()) if self.history.events else []
-        names = ("explained", "by_chance", "inflation") if told else ()
-        return {f"slim/{name}": sum(of_group[name] for of_group in told) / len(told) for name in names}
-
-    def _announce(self) -> None:
-        costs = self.pruner.costs
-        groups = ", ".join(f"{name} ({units})" for name, units in costs.original.items())
-        rank_zero_info(f"slim: {costs.parameters:,} params, {costs.macs(costs.original):,} MACs; can shrink: {groups}")
-        if self.selection.round_to == "auto":
-            steps = ", ".join(f"{name} {step}" for name, step in costs.steps.items())
-            rank_zero_info(f"slim: widths will be multiples of what suits this machine: {steps}")
-        for layer, reason in self.pruner.left_whole.items():
-            rank_zero_info(f"slim: {layer} stays whole: {reason}")
-
-    def _log(self, trainer: Trainer, event: PruningEvent) -> None:
-        rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
-        if told := self._calibration():
-            rank_zero_info(
-                f"slim: what stays explains {told['slim/explained']:.1%} of what readers of the units compute, and "
-                f"{told['slim/by_chance']:.1%} of what it cannot know; single tests are inflated "
-                f"{told['slim/inflation']:.1f} times"
-            )
-        for logger in trainer.loggers:
-            logger.log_metrics(self._scalars(trainer), step=trainer.global_step)
+    def _scalars(self) -> dict[str, float]:
+        rolled_back = float(sum(not trial.kept for trial in self.trials))
+        return {**scalars_of(self.pruner), **({"slim/rolled_back": rolled_back} if self._guarding is not None else {})}

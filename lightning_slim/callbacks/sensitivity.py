@@ -130,7 +130,7 @@ class Sensitivity(Look):
 
     def state_dict(self) -> dict[str, Any]:
         pruner = self._pruner.state_dict() if self._pruner is not None else {}
-        return {"batches": self._batches, "gradients_due": list(self._gradients_due), "pruner": pruner}
+        return {"gathering": self._gathering.state_dict(), "pruner": pruner}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
@@ -144,7 +144,7 @@ class Sensitivity(Look):
             super().on_train_start(trainer, pl_module)
             if self._restored:
                 self.pruner.load_state_dict(self._restored["pruner"])
-                self._batches, self._gradients_due = self._restored["batches"], list(self._restored["gradients_due"])
+                self._gathering.load_state_dict(self._restored["gathering"])
                 self._restored = {}
         elif self.score is not None:
             raise MisconfigurationException(

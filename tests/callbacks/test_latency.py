@@ -83,7 +83,7 @@ def test_a_latency_that_no_width_has_is_refused_before_a_weight_is_touched(tmp_p
 @pytest.mark.usefixtures("steady")
 def test_asked_reached_and_steps_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_slim.callbacks.prune.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_slim.callbacks.telling.rank_zero_info", said.append)
     run(tmp_path, Lit(), granger(Latency(0.5), round_to="auto"))
     assert "slim: widths will be multiples of what suits this machine: net.c1 1, net.c2 1, net.up 1, net.fc1 1" in said
     cuts = [line for line in said if "units removed" in line]
