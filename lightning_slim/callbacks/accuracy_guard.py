@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -27,15 +27,12 @@ class AccuracyGuard:
         self.metrics: dict[str, float] = {}  # of the state that a run was rolled back to, until there are new ones
         self._before: dict[str, float] = {}  # of the state before the step under trial
         self._validated = False  # whether there was a validation in this epoch
-        self._heard = False  # whether it logged the monitor
-        self._of_training = False  # whether the training step logs it
+        self._source: Literal["validation", "training"] | None = None  # of the metric; Lightning keeps old values
 
     def after_validation(self, trainer: Trainer) -> None:
         """Hears the metrics of a validation."""
         self._validated = True
-        if not self._of_training and self.monitor in trainer.callback_metrics:
-            self._heard = True
-            self._hear(trainer)
+        self._hear(trainer, "validation")
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Hears the metrics of an epoch of training.
@@ -43,17 +40,15 @@ class AccuracyGuard:
         Raises:
             MisconfigurationException: neither that nor the validation in it logged the monitor.
         """
+        self._hear(trainer, "training")
         logged = trainer.callback_metrics
-        if not self._heard and self.monitor in logged:
-            self._of_training = True
-            self._hear(trainer)
         if self._validated and self.monitor not in logged:
             raise MisconfigurationException(
                 f"Expected the module to log {self.monitor!r}, which `AccuracyBudget` monitors, got "
                 f"{', '.join(sorted(map(repr, logged))) or 'no metric at all'}: name one of those, or log it in "
                 "`validation_step`."
             )
-        self._validated = self._heard = False
+        self._validated = False
 
     def free(self, epochs_left: float) -> bool:
         """Whether the next step may be taken: no other is under trial, and there is time for this one to recover."""
@@ -89,9 +84,12 @@ class AccuracyGuard:
             self.metrics = self._before
         return verdict, before
 
-    def _hear(self, trainer: Trainer) -> None:
-        self.metrics = {}
-        self.search.observe(float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]), src=0)))
+    def _hear(self, trainer: Trainer, source: Literal["validation", "training"]) -> None:
+        """A value counts when what logs it is over; that is where it came from first."""
+        logged = trainer.callback_metrics
+        if self.monitor in logged and self._source in (None, source):
+            self._source, self.metrics = source, {}
+            self.search.observe(float(trainer.strategy.broadcast(float(logged[self.monitor]), src=0)))
 
     def warn_if_idle(self) -> None:
         """Says so where a run tried nothing."""
@@ -109,11 +107,11 @@ class AccuracyGuard:
             "snapshot": self.snapshot,
             "metrics": dict(self.metrics),
             "before": dict(self._before),
-            "of_training": self._of_training,
+            "source": self._source,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.search.load_state_dict(state["search"])
         self.snapshot, self.metrics, self._before = state["snapshot"], dict(state["metrics"]), dict(state["before"])
-        self._of_training = state["of_training"]
+        self._source = state["source"]

@@ -23,10 +23,12 @@ from lightning_slim import (
     Granger,
     GrangerPrune,
     GraSP,
+    GroupLasso,
     InputScreening,
     Latency,
     Linear,
     Sensitivity,
+    SparsityRegularization,
     Taylor,
     WeightPrune,
     latency,
@@ -86,6 +88,8 @@ def main() -> None:
         budget = AccuracyBudget("val_loss", 0.0, "min", step=0.5, patience=1, reference=0.0)  # no step is good enough
         model, data = Lit(), loader(64)
         callback = GrangerPrune(budget, Linear(0.0, 0.5), record_every_n_steps=3)
+    elif kind == "penalty":
+        model, callback, data = Lit(), SparsityRegularization(GroupLasso(), 1e-2, Linear(0.0, 0.5)), loader(64)
     elif kind == "sensitivity":
         model, callback, data = Lit(), Sensitivity(1, (0.25, 0.5), Taylor()), loader(64)
     elif kind == "start":
@@ -116,7 +120,7 @@ def main() -> None:
         assert len(callback.trials) == 5
     if kind == "sensitivity":
         (Path(folder) / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
-    if validated:
+    if validated or kind == "penalty":
         return
     events = (
         callback.events if isinstance(callback, WeightPrune) else [] if kind == "inputs" else callback.history.events

@@ -211,6 +211,14 @@ def test_a_metric_of_training_may_be_monitored(tmp_path: Path) -> None:
     assert all(trial.kept for trial in callback.trials)
 
 
+def test_without_a_validation_there_is_no_new_value(tmp_path: Path) -> None:
+    """Lightning keeps what was logged two epochs ago."""
+    callback = guard(budget={"step": 0.5, "patience": 1, "on_failure": "stop"})
+    module = Told([0.0, 0.75, 0.0, 0.5, 0.0, 0.5, 0.0, 0.5])
+    fit(tmp_path, callback, module, check_val_every_n_epoch=2, max_epochs=8)
+    assert [(trial.epoch, trial.value, trial.reference) for trial in callback.trials] == [(4.0, 0.5, 0.75)]
+
+
 def test_mixed_precision(tmp_path: Path) -> None:
     schedule = OneShot("1 epoch")
     callback = guard(budget={"step": 0.9, "patience": 1, "on_failure": "stop"}, schedule=schedule)

@@ -96,6 +96,14 @@ def test_ranks_mask_the_same_weights(tmp_path: Path, kind: type[WeightScore]) ->
     assert zeros == round(0.75 * entries)
 
 
+@pytest.mark.slow
+def test_ranks_pull_the_same_units_alike(tmp_path: Path) -> None:
+    """The penalty is added once, behind the mean over ranks."""
+    first, second = run(tmp_path, "penalty", "plain")
+    assert len(first) == len(second) == 24
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_ranks_go_back_together(tmp_path: Path) -> None:
     """Every step is rolled back, and halved; after each, the wrapper is made anew."""
     first, second = run(tmp_path, "guard", "plain")
