@@ -30,26 +30,19 @@ def cut_part(average: nn.Module) -> nn.Module:
     return average.module if isinstance(average, AveragedModel) else average
 
 
-def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange) -> None:
-    """Lets everything follow a cut of the module; its optimizers and copies were cut with it."""
+def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange | None) -> None:
+    """Lets everything follow a cut of the module, or its return to a former structure (None).
+
+    Its optimizers and copies went along already.
+    """
     forget_compiled()
     if is_ddp(trainer.strategy):
         wrap_again(trainer.strategy, pl_module)
+    name, told = ("on_structure_restored", ()) if change is None else ("on_structure_change", (change,))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        hook = getattr(callback, "on_structure_change", None)
+        hook = getattr(callback, name, None)
         if hook is not None:
-            hook(change)
-
-
-def tell_restored(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Lets everything follow a module that got the structure back that it had before; its optimizers have."""
-    forget_compiled()
-    if is_ddp(trainer.strategy):
-        wrap_again(trainer.strategy, pl_module)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        hook = getattr(callback, "on_structure_restored", None)
-        if hook is not None:
-            hook()
+            hook(*told)
 
 
 def undecided(trainer: Trainer) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.companions import averages, cut_part, tell_restored
+from lightning_slim.callbacks.companions import averages, cut_part, tell
 from lightning_slim.checkpoint import cut_tensors, fit_to, remember_cut, sign
 
 
@@ -48,7 +48,7 @@ def roll_back(trainer: Trainer, pl_module: LightningModule, owner: Callback, sna
         config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(snapshot["precision"])
     pl_module.zero_grad()  # what was accumulated belongs to the other structure
-    tell_restored(trainer, pl_module)
+    tell(trainer, pl_module, change=None)
     for callback in _others(trainer, owner):  # to a callback this is what a resume is
         callback.load_state_dict(snapshot["callbacks"][callback.state_key])
         callback.on_train_start(trainer, pl_module)
