@@ -124,6 +124,7 @@ class AccuracySearch:
         self._best: float | None = None
         self._value: float | None = None  # of the step under trial, once it was measured
         self._since = 0.0  # when that step was taken
+        self._failed: list[float] = []  # what steps from the last good state left that were rolled back
 
     @property
     def reference(self) -> float | None:
@@ -147,10 +148,17 @@ class AccuracySearch:
 
     def verdict(self, epoch: float, last: bool = False) -> Verdict:
         """What becomes of the step under trial: there is time until it has had its `patience`, or the run is over."""
+        if self.repeats:
+            return "roll back"
         if self._value is not None and self._holds(self._value):
             return "keep"
         measured = self._value is not None and epoch - self._since >= self.budget.patience - 1e-9
         return "roll back" if last or measured else "wait"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the step under trial leaves what one left that failed: rounded, half of it may be as much."""
+        return self.trying is not None and any(abs(self.trying - left) < 1e-9 for left in self._failed)
 
     def end(self, verdict: Verdict, epoch: float) -> None:
         """The step under trial is kept, or was rolled back."""
@@ -158,11 +166,13 @@ class AccuracySearch:
         assert self.reference is not None
         kept = verdict == "keep"
         value = math.nan if self._value is None else self._value
-        self.trials.append(Trial(epoch, self.trying, value, self.reference, kept))
+        if not self.repeats:
+            self.trials.append(Trial(epoch, self.trying, value, self.reference, kept))
         if kept:
-            self.left = self.trying
+            self.left, self._failed = self.trying, []
             self._remember(value)
         else:
+            self._failed.append(self.trying)
             self._step /= 2
             self.over = self.budget.on_failure == "stop" or self._step < self.budget.min_step
         self.trying = None

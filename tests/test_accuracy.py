@@ -50,6 +50,22 @@ def test_a_step_that_fails_is_halved_until_it_is_too_small() -> None:
     assert [trial.kept for trial in course.trials] == [False] * 3
 
 
+def test_what_failed_is_not_tried_again() -> None:
+    """Where widths are rounded, half of a step may come to the same; after a step that is kept, it is another state."""
+    course = search(0.9, step=0.4, patience=1)
+    course.begin(0.5, 0)
+    assert decide(course, 0.8, 1) == "roll back"
+    course.begin(0.5, 1)
+    assert course.repeats
+    assert course.verdict(1) == "roll back"
+    course.end("roll back", 1)
+    assert (len(course.trials), course.target) == (1, 0.9)
+    course.begin(0.9, 1)
+    assert decide(course, 0.9, 2) == "keep"
+    course.begin(0.5, 2)
+    assert not course.repeats
+
+
 def test_after_stop_there_is_no_other_step() -> None:
     course = search(0.9, on_failure="stop", patience=1)
     course.begin(0.8, 0)

@@ -355,11 +355,14 @@ class Prune(SlimCallback):
             before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
             event = self._cut(trainer, pl_module, epoch / run, guard.search.target)
             guard.begin(trainer, before, None if event is None else event.reached, epoch)
+            if guard.search.repeats:
+                self._settle(guard, trainer, pl_module, epoch)
 
     def _settle(
         self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule, epoch: float, last: bool = False
     ) -> None:
         """Keeps the step under trial, or rolls the run back, if it is time."""
+        known = len(self.trials)
         verdict, snapshot = guard.decide(trainer, epoch, last)
         if verdict == "wait":
             return
@@ -370,7 +373,8 @@ class Prune(SlimCallback):
             self._gathering.drop_gradients()
             if self.reset_monitors:
                 reset_monitors(trainer)
-        rank_zero_info(f"slim: epoch {epoch:g}, {guard.monitor}: {self.trials[-1]}")
+        for trial in self.trials[known:]:
+            rank_zero_info(f"slim: epoch {epoch:g}, {guard.monitor}: {trial}")
         log(trainer, self._scalars())
 
     def _cut(

@@ -158,6 +158,17 @@ def test_after_a_roll_back_smaller_steps_follow(tmp_path: Path) -> None:
     assert [event.reached for event in callback.history.events] == lefts[1:]
 
 
+def test_where_half_a_step_is_the_same_step_it_is_not_tried_again(tmp_path: Path) -> None:
+    """Eight channels in steps of four: four may go, or none."""
+    least = dict.fromkeys(("net.c2", "net.up", "net.fc1"), 1.0)
+    callback = guard(Prune, score=Magnitude(), budget={"patience": 1}, round_to=4, keep_at_least=least)
+    module = Told([0.9, 0.5, 0.9, 0.9, 0.9, 0.9])
+    fit(tmp_path, callback, module)
+    assert [(trial.epoch, trial.left) for trial in callback.trials] == [(2.0, pytest.approx(46 / 50))]
+    assert module.net.c1.out_channels == 8
+    assert callback.history.events == []
+
+
 @pytest.mark.parametrize("granularity", ["units", "both"])
 def test_stop_after_any_epoch_and_resume(tmp_path: Path, granularity: str) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, Prune]:
