@@ -122,11 +122,12 @@ class SynapticFlow(Flow):
         dtype = torch.float32 if trained[0].device.type == "mps" else torch.float64
         positive: Gradients = {p: p.detach().abs().to(dtype).requires_grad_() for p in model.parameters()}
         with _in_eval_mode(model), _default_dtype(dtype):
-            through = sum(_through(model.get_submodule(name), call, positive, dtype) for name, call in calls.items())
-            found = torch.autograd.grad(through, [positive[p] for p in trained], materialize_grads=True)  # type: ignore[arg-type]
+            each = [_through(model.get_submodule(name), call, positive, dtype) for name, call in calls.items()]
+            through = torch.stack(each).sum()
+            found = torch.autograd.grad(through, [positive[p] for p in trained], materialize_grads=True)
         scores = [positive[p].detach() * g for p, g in zip(trained, found, strict=True)]
         net, total = (sum(float(part.sum()) for part in parts) for parts in (scores, [s.abs() for s in scores]))
-        if not 1e-9 * abs(float(through)) < net <= total < torch.inf:
+        if not 1e-9 * abs(float(through.detach())) < net <= total < torch.inf:
             raise ValueError(
                 f"Expected a network whose outputs grow with its weights, got a synaptic flow of {net:.3g}: SynFlow "
                 "needs outputs before a softmax, of a network through which ones come; norms that take a mean away, as "

@@ -38,11 +38,11 @@ class AccuracyGuard:
         """Hears the metrics of an epoch of training.
 
         Raises:
-            MisconfigurationException: neither that nor the validation in it logged the monitor.
+            MisconfigurationException: neither that nor the validation in it logged the monitor, or there is none.
         """
         self._hear(trainer, "training")
         logged = trainer.callback_metrics
-        if self._validated and self.monitor not in logged:
+        if (self._validated or not trainer.enable_validation) and self.monitor not in logged:
             raise MisconfigurationException(
                 f"Expected the module to log {self.monitor!r}, which `AccuracyBudget` monitors, got "
                 f"{', '.join(sorted(map(repr, logged))) or 'no metric at all'}: name one of those, or log it in "
@@ -83,6 +83,10 @@ class AccuracyGuard:
         if verdict == "roll back":
             self.metrics = self._before
         return verdict, before
+
+    def forget_trial(self) -> None:
+        """The step under trial, if there is one, is neither kept nor counts as failed."""
+        self.search.trying, self.snapshot = None, None
 
     def _hear(self, trainer: Trainer, source: Literal["validation", "training"]) -> None:
         """A value counts when what logs it is over; that is where it came from first."""

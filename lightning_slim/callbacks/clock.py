@@ -81,7 +81,9 @@ def epochs_in_run(trainer: Trainer) -> float:
         )
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        limits.append(float(trainer.max_epochs))
+        # SWA adds an epoch to measure batch norms in, in which nothing trains.
+        trained = [getattr(callback, "_max_epochs", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        limits.append(float(min([trainer.max_epochs, *(n for n in trained if n is not None and n > 0)])))
     if trainer.max_steps > 0:
         limits.append(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches))
     if not limits:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -75,19 +74,30 @@ def reset_monitors(trainer: Trainer) -> None:
 
     Files of the old best stay on disk.
     """
-    for callback in _monitors(trainer, "best_k_models"):
+    for callback in monitors(trainer, "best_k_models"):
         callback.best_k_models = {}
         callback.best_model_score = None
         callback.kth_best_model_path = ""
         infinite = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         callback.kth_value = infinite
-    for callback in _monitors(trainer, "wait_count"):
+    for callback in monitors(trainer, "wait_count"):
         callback.wait_count = 0
         callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
 
 
-def _monitors(trainer: Trainer, attribute: str) -> Iterator[Any]:
-    """Callbacks that remember a best value of a monitored metric under this attribute."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, attribute) and getattr(callback, "monitor", None) is not None:
-            yield callback
+def monitors(trainer: Trainer, *attributes: str) -> list[Any]:
+    """Callbacks that remember a best value of a monitored metric, under one of these attributes."""
+    names = attributes or ("best_k_models", "wait_count")
+    return [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if getattr(callback, "monitor", None) is not None and any(hasattr(callback, name) for name in names)
+    ]
+
+
+def average_again(trainer: Trainer, pl_module: LightningModule, owner: Callback) -> None:
+    """The module was given other weights when training ended: averages that had their turn before that get another."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks[: callbacks.index(owner)]:
+        if isinstance(getattr(callback, "_average_model", None), nn.Module):
+            callback.on_train_end(trainer, pl_module)

@@ -15,16 +15,24 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch.optim import Optimizer
 
-from lightning_slim.accuracy import AccuracyBudget, Trial
+from lightning_slim.accuracy import AccuracyBudget, Trial, Verdict
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.accuracy_guard import AccuracyGuard
 from lightning_slim.callbacks.base import SlimCallback, metrics_of
 from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run
-from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell, undecided
+from lightning_slim.callbacks.companions import (
+    agree_on_shapes,
+    average_again,
+    averages,
+    copies,
+    reset_monitors,
+    tell,
+    undecided,
+)
 from lightning_slim.callbacks.gathering import Gathering
 from lightning_slim.callbacks.phases import FineTuning, When, check_when
 from lightning_slim.callbacks.probe import Probe
-from lightning_slim.callbacks.snapshot import roll_back, take_snapshot
+from lightning_slim.callbacks.snapshot import load_models, roll_back, take_snapshot
 from lightning_slim.callbacks.telling import (
     announce,
     announce_cut,
@@ -176,6 +184,8 @@ class Prune(SlimCallback):
                 "Expected one pruning callback, got several: each would cut the other's units."
             )
         self._tuning.rates = []
+        if stage == "fit" and self._guarding is not None and self._pruner is not None:
+            self._forget_trial(self._guarding, trainer, pl_module)
         old = self._pruner
         if old is None or old.model is not pl_module or not old.prepared or not old.in_step:
             self._point = -1
@@ -236,8 +246,6 @@ class Prune(SlimCallback):
 
     # Only here, and not at the start of an epoch: a resume from a checkpoint of an epoch's last batch skips that hook.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self._recalibrating.close()
         self._gathering.close()  # a module that returns -1 from this hook skips the end of the batch
         if undecided(trainer):
             return
@@ -267,8 +275,12 @@ class Prune(SlimCallback):
             self._guarding.after_validation(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._recalibrating.close()
         if self._guarding is not None:
             self._guarding.after_epoch(trainer)
+            # Not later: averages are put into the module when training ends, and checkpoints are saved behind this.
+            if trainer.should_stop or trainer.current_epoch + 1 >= epochs_in_run(trainer) - 1e-9:
+                self._settle(self._guarding, trainer, pl_module, trainer.current_epoch + 1, last=True)
         if self.pruner.prepared:
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars()
@@ -277,7 +289,9 @@ class Prune(SlimCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None:
-            self._settle(self._guarding, trainer, pl_module, epoch=trainer.current_epoch, last=True)
+            verdict = self._settle(self._guarding, trainer, pl_module, epoch=trainer.current_epoch, last=True)
+            if verdict == "roll back":
+                average_again(trainer, pl_module, self)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -358,24 +372,32 @@ class Prune(SlimCallback):
             if guard.search.repeats:
                 self._settle(guard, trainer, pl_module, epoch)
 
+    def _forget_trial(self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit broke off while a step was under trial, and another one begins: from the last good state."""
+        if guard.snapshot is not None and self.pruner.model is pl_module and self.pruner.in_step:
+            load_models(
+                trainer, pl_module, {**guard.snapshot, "averages": []} if not averages(trainer) else guard.snapshot
+            )
+            self.pruner.load_state_dict(guard.snapshot["pruner"])
+        guard.forget_trial()
+
     def _settle(
         self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule, epoch: float, last: bool = False
-    ) -> None:
+    ) -> Verdict:
         """Keeps the step under trial, or rolls the run back, if it is time."""
         known = len(self.trials)
         verdict, snapshot = guard.decide(trainer, epoch, last)
         if verdict == "wait":
-            return
+            return verdict
         if verdict == "roll back":
             self._recalibrating.close()
             roll_back(trainer, pl_module, self, snapshot)
             self.pruner.load_state_dict(snapshot["pruner"])
             self._gathering.drop_gradients()
-            if self.reset_monitors:
-                reset_monitors(trainer)
         for trial in self.trials[known:]:
             rank_zero_info(f"slim: epoch {epoch:g}, {guard.monitor}: {trial}")
         log(trainer, self._scalars())
+        return verdict
 
     def _cut(
         self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None

@@ -11,15 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.companions import averages, cut_part, tell
+from lightning_slim.callbacks.companions import averages, cut_part, monitors, tell
 from lightning_slim.checkpoint import cut_tensors, fit_to, remember_cut, sign
 
 
 def take_snapshot(trainer: Trainer, pl_module: LightningModule, owner: Callback) -> dict[str, Any]:
     """All that a cut and the training after it change, as tensors and plain data.
 
-    Not the progress of the loops, nor the random state: time goes on. Of callbacks, averages and those of this package
-    but for the owner.
+    Not the progress of the loops, nor the random state: time goes on. Of callbacks, averages, monitors of a best value
+    and those of this package but for the owner.
     """
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     return copy.deepcopy(
@@ -27,31 +27,48 @@ def take_snapshot(trainer: Trainer, pl_module: LightningModule, owner: Callback)
             "module": _model_state(pl_module, pl_module),
             "averages": [_model_state(average, cut_part(average)) for average in averages(trainer)],
             "optimizers": [_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
-            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "schedulers": [
+                (type(config.scheduler).__name__, config.scheduler.state_dict())
+                for config in trainer.lr_scheduler_configs
+            ],
             "precision": trainer.precision_plugin.state_dict(),
             "callbacks": {callback.state_key: callback.state_dict() for callback in _others(trainer, owner)},
+            "monitors": {callback.state_key: callback.state_dict() for callback in monitors(trainer)},
         }
     )
 
 
 def roll_back(trainer: Trainer, pl_module: LightningModule, owner: Callback, snapshot: Mapping[str, Any]) -> None:
-    """Puts the run back to where it was, to the bit; the snapshot is used up."""
-    before, cut = {id(parameter) for parameter in pl_module.parameters()}, cut_tensors(pl_module)
-    _load_model(pl_module, pl_module, snapshot["module"])
-    for average, state in zip(averages(trainer), snapshot["averages"], strict=True):
-        remember_cut(cut_part(average), cut)
-        _load_model(average, cut_part(average), state)
+    """Puts the run back to where it was, to the bit; the snapshot is used up.
+
+    Groups of parameters that another callback gave an optimizer since then stay, with momentum that begins anew; so
+    does a scheduler that another callback put in the place of the old one.
+    """
+    before = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    load_models(trainer, pl_module, snapshot)
     parameters = dict(pl_module.named_parameters())
     for optimizer, state in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
         _load_optimizer(optimizer, parameters, before, state)
-    for config, state in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):
-        config.scheduler.load_state_dict(state)
+    for config, (kind, state) in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=False):
+        if type(config.scheduler).__name__ == kind:
+            config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(snapshot["precision"])
     pl_module.zero_grad()  # what was accumulated belongs to the other structure
     tell(trainer, pl_module, change=None)
     for callback in _others(trainer, owner):  # to a callback this is what a resume is
         callback.load_state_dict(snapshot["callbacks"][callback.state_key])
         callback.on_train_start(trainer, pl_module)
+    for monitor in monitors(trainer):
+        monitor.load_state_dict(snapshot["monitors"][monitor.state_key])
+
+
+def load_models(trainer: Trainer, pl_module: LightningModule, snapshot: Mapping[str, Any]) -> None:
+    """Gives the module and its averages the structure and the weights that they had."""
+    cut = cut_tensors(pl_module)
+    _load_model(pl_module, pl_module, snapshot["module"])
+    for average, state in zip(averages(trainer), snapshot["averages"], strict=True):
+        remember_cut(cut_part(average), cut)
+        _load_model(average, cut_part(average), state)
 
 
 def _others(trainer: Trainer, owner: Callback) -> list[SlimCallback]:
@@ -83,10 +100,19 @@ def _optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str
 
 
 def _load_optimizer(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], before: set[int], state: Mapping[str, Any]
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], before: Mapping[int, str], state: Mapping[str, Any]
 ) -> None:
-    for group, names in zip(optimizer.param_groups, state["names"], strict=True):
+    known = state["names"]
+    added = [[before.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups[len(known) :]]
+    saved, position = state["state"], sum(map(len, known))
+    groups = list(saved["param_groups"])
+    for group, names in zip(optimizer.param_groups, [*known, *added], strict=True):
         strangers = iter([parameter for parameter in group["params"] if id(parameter) not in before])
         group["params"][:] = [parameters[name] if name else next(strangers) for name in names]
+    for names in added:
+        groups.append({"params": list(range(position, position + len(names)))})
+        position += len(names)
+    # What others wrote into a group since then, as SWA its rate, stays beside what is put back.
+    groups = [{**now, **then} for now, then in zip(optimizer.param_groups, groups, strict=True)]
     optimizer.state.clear()
-    optimizer.load_state_dict(state["state"])
+    optimizer.load_state_dict({**saved, "param_groups": groups})

@@ -12,7 +12,12 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 from lightning_slim import (
     AccuracyBudget,
@@ -256,12 +261,88 @@ def test_others_hear_of_a_roll_back(tmp_path: Path) -> None:
     assert listens.heard == ["change", "restored"]
 
 
-def test_monitors_begin_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_monitors_go_back_too(tmp_path: Path, last: bool) -> None:
     """The best of a model that was rolled back is nobody's best."""
     best = ModelCheckpoint(tmp_path, monitor="told", mode="max")
-    callback = guard(budget={"step": 0.9, "patience": 1, "on_failure": "stop"})
+    callback = guard(budget={"step": 0.9, "patience": 1, "on_failure": "stop"}, schedule=OneShot(5 / 6 if last else 0))
     fit(tmp_path, callback, Told([0.95, 0.8, 0.7, 0.75, 0.6, 0.6]), best)
-    assert float(best.best_model_score) == pytest.approx(0.75)
+    assert [trial.kept for trial in callback.trials] == [False]
+    assert float(best.best_model_score) == pytest.approx(0.95)
+    assert torch.load(best.best_model_path, weights_only=True)["state_dict"]["net.c1.weight"].shape[0] == 8
+
+
+@pytest.mark.parametrize("average_first", [False, True])
+def test_a_last_roll_back_leaves_the_average_in_the_module(tmp_path: Path, average_first: bool) -> None:
+    average = EMAWeightAveraging(decay=0.9)
+    callback = guard(budget={"patience": 1}, schedule=OneShot(5 / 6))
+    module = Told([0.9, 0.9, 0.9, 0.9, 0.9, 0.5])
+    trainer(tmp_path, *([average, callback] if average_first else [callback, average])).fit(module, loader(), loader())
+    assert [trial.kept for trial in callback.trials] == [False]
+    assert same(module.state_dict(), average._average_model.module.state_dict())
+
+
+@pytest.mark.parametrize("begins", [2, 4])
+def test_swa_may_begin_during_a_trial_or_end_behind_one(tmp_path: Path, begins: int) -> None:
+    """It puts a scheduler of its own in place, and measures batch norms in an epoch of its own."""
+    swa = StochasticWeightAveraging(0.01, swa_epoch_start=begins)
+    callback = guard(budget={"patience": 2, "on_failure": "stop"}, schedule=OneShot(0.5))
+    module = Told([0.9, 0.9, 0.9, 0.5, 0.5, 0.9, 0.9])
+    fit(tmp_path, callback, module, swa)
+    assert [(trial.epoch, trial.kept) for trial in callback.trials] == [(5.0, False)]
+    assert module.net.b1.momentum == Told([]).net.b1.momentum
+    assert int(module.net.b1.num_batches_tracked) == 4  # of SWA's epoch, measured anew
+    assert module.net.c1.weight.shape[0] == 8
+
+
+def test_groups_that_were_added_since_then_stay(tmp_path: Path) -> None:
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.net.c1)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.net.c1, optimizer)
+
+    class Part(Told):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+    callback = guard(budget={"patience": 2, "on_failure": "stop"})
+    module = Part([0.9, 0.5, 0.5, 0.9, 0.9, 0.9])
+    run = fit(tmp_path, callback, module, Unfreeze())
+    assert [trial.kept for trial in callback.trials] == [False]
+    assert len(run.optimizers[0].param_groups) == 2
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+
+
+def test_a_fit_that_broke_off_in_a_trial_is_followed_by_another(tmp_path: Path) -> None:
+    """The next one begins with the last good state, and an optimizer of its own."""
+
+    class Break(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 2:
+                raise RuntimeError("broken off")
+
+    class Other(Told):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    callback, module = guard(budget={"patience": 3}), Told([0.9, 0.5, 0.5, 0.5, 0.5, 0.5])
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(tmp_path, callback, module, Break())
+    assert module.net.c1.weight.shape[0] < 8
+    module.__class__, module.values = Other, [0.5] * 4
+    fit(tmp_path, callback, module, max_epochs=4)
+    assert [(trial.epoch, trial.kept) for trial in callback.trials] == [(3.0, False)]
+    assert module.net.c1.weight.shape[0] == 8
+
+
+def test_without_validation_a_monitor_of_it_is_refused(tmp_path: Path) -> None:
+    callback = Prune(Magnitude(), AccuracyBudget("val_acc"), print_report=False)
+    with pytest.raises(MisconfigurationException, match="log 'val_acc'"):
+        trainer(tmp_path, callback).fit(Lit(), loader())
 
 
 def test_a_monitor_that_is_never_logged(tmp_path: Path) -> None:

@@ -146,3 +146,14 @@ def test_only_a_submodule(tmp_path: Path) -> None:
     assert any("reaches beyond net.backbone" in reason for reason in callback.pruner.left_whole.values())
     with pytest.raises(ValueError, match="got 'spine'"):
         trainer(tmp_path, Prune(Magnitude(), module="spine")).fit(Two(), loader())
+
+
+def test_swa_measures_batch_norms_after_a_cut_in_the_last_epoch(tmp_path: Path) -> None:
+    """In an epoch of its own: ours must be over by then, or a wrong momentum is remembered."""
+    prune = Prune(Magnitude(), Units(0.5), OneShot("3 epochs"), print_report=False)
+    swa = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2, annealing_epochs=1)
+    lit = Lit()
+    trainer(tmp_path, prune, swa, max_epochs=4).fit(lit, loader())
+    assert [event.step for event in prune.history.events] == [12]
+    assert lit.net.b1.momentum == Lit().net.b1.momentum
+    assert int(lit.net.b1.num_batches_tracked) == 4
