@@ -23,7 +23,6 @@ from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run
 from lightning_slim.callbacks.companions import (
     agree_on_shapes,
     average_again,
-    averages,
     copies,
     reset_monitors,
     tell,
@@ -375,9 +374,7 @@ class Prune(SlimCallback):
     def _forget_trial(self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule) -> None:
         """A fit broke off while a step was under trial, and another one begins: from the last good state."""
         if guard.snapshot is not None and self.pruner.model is pl_module and self.pruner.in_step:
-            load_models(
-                trainer, pl_module, {**guard.snapshot, "averages": []} if not averages(trainer) else guard.snapshot
-            )
+            load_models(trainer, pl_module, guard.snapshot)
             self.pruner.load_state_dict(guard.snapshot["pruner"])
         guard.forget_trial()
 

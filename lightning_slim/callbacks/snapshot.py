@@ -55,10 +55,11 @@ def roll_back(trainer: Trainer, pl_module: LightningModule, owner: Callback, sna
     trainer.precision_plugin.load_state_dict(snapshot["precision"])
     pl_module.zero_grad()  # what was accumulated belongs to the other structure
     tell(trainer, pl_module, change=None)
-    for callback in _others(trainer, owner):  # to a callback this is what a resume is
+    # A resumed run may have other callbacks than the one that took the snapshot.
+    for callback in (c for c in _others(trainer, owner) if c.state_key in snapshot["callbacks"]):
         callback.load_state_dict(snapshot["callbacks"][callback.state_key])
-        callback.on_train_start(trainer, pl_module)
-    for monitor in monitors(trainer):
+        callback.on_train_start(trainer, pl_module)  # to a callback this is what a resume is
+    for monitor in (m for m in monitors(trainer) if m.state_key in snapshot["monitors"]):
         monitor.load_state_dict(snapshot["monitors"][monitor.state_key])
 
 
@@ -66,7 +67,7 @@ def load_models(trainer: Trainer, pl_module: LightningModule, snapshot: Mapping[
     """Gives the module and its averages the structure and the weights that they had."""
     cut = cut_tensors(pl_module)
     _load_model(pl_module, pl_module, snapshot["module"])
-    for average, state in zip(averages(trainer), snapshot["averages"], strict=True):
+    for average, state in zip(averages(trainer), snapshot["averages"], strict=False):  # another fit may have none
         remember_cut(cut_part(average), cut)
         _load_model(average, cut_part(average), state)
 
