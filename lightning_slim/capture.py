@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_slim.eager import eagerly
+from lightning_slim.eager import hooked
 from lightning_slim.surgery import Example
 
 
@@ -77,12 +77,8 @@ def _outermost(model: nn.Module, before: Note | None = None, after: Note | None 
         if any(True for _ in module.parameters()):
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(leave(name), with_kwargs=True, always_call=True))
-    try:
-        with eagerly():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles):
+        yield
 
 
 def _is_redirected(module: nn.Module) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -17,6 +18,17 @@ def eagerly() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were registered look on within, at modules that run eagerly, and are removed afterwards."""
+    try:
+        with eagerly():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def forget_compiled() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from lightning_slim.eager import eagerly
+from lightning_slim.eager import hooked
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import InputEvidence, Method, choose, test_for
 from lightning_slim.ranks import Agree, alone
@@ -125,12 +125,8 @@ class InputScreener:
             self.model.get_submodule(name).register_forward_pre_hook(self._watch(name, axis), with_kwargs=True)
             for name, axis in layers.items()
         ]
-        try:
-            with eagerly():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles):
+            yield
 
     def _watch(self, name: str, axis: int) -> Callable[..., None]:
         @torch.inference_mode(False)

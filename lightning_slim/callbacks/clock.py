@@ -82,8 +82,12 @@ def epochs_in_run(trainer: Trainer) -> float:
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         # SWA adds an epoch to measure batch norms in, in which nothing trains.
-        trained = [getattr(callback, "_max_epochs", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        limits.append(float(min([trainer.max_epochs, *(n for n in trained if n is not None and n > 0)])))
+        trained = [
+            getattr(callback, "_max_epochs", trainer.max_epochs)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if "StochasticWeightAveraging" in {c.__name__ for c in type(callback).__mro__}
+        ]
+        limits.append(float(min([trainer.max_epochs, *trained])))
     if trainer.max_steps > 0:
         limits.append(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches))
     if not limits:

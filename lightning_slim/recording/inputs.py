@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_slim.eager import eagerly
+from lightning_slim.eager import hooked
 from lightning_slim.surgery.layers.conv import is_depthwise
 from lightning_slim.surgery.layers.multihead import module_by_module
 from lightning_slim.surgery.layers.recurrent import heard
@@ -82,12 +82,8 @@ class InputRecorder:
             layer = self.model.get_submodule(path)
             watch = partial(self._watch, path, (layer.training, gradients))
             handles.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
-        try:
-            with eagerly(), module_by_module(self.model):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), module_by_module(self.model):
+            yield
 
     @torch.inference_mode(False)
     @torch.no_grad()

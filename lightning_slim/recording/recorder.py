@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_slim.eager import eagerly
+from lightning_slim.eager import hooked
 from lightning_slim.patches import patches
 from lightning_slim.recording.experiments import Losses, ablate, gate
 from lightning_slim.recording.hooks import Watch, WatchBlocks, WatchRecurrent
@@ -144,12 +144,8 @@ class Recorder:
                     handles.append(block.register_forward_hook(together.of(path), with_kwargs=True))
         for layer, readers in recurrent.items():
             handles.append(layer.register_forward_pre_hook(WatchRecurrent(self, readers), with_kwargs=True))
-        try:
-            with eagerly(), module_by_module(self.model):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), module_by_module(self.model):
+            yield
 
     @torch.inference_mode(False)
     @torch.no_grad()
