@@ -31,6 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_start.py
 	$(BIN)/python benchmarks/bench_penalties.py
 	$(BIN)/python benchmarks/bench_sensitivity.py
+	$(BIN)/python benchmarks/bench_recovery.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/bench_surgery.py
 
 # The constraints are a tested, pinned set: any looser request for torch may pull gigabytes of CUDA libraries.

@@ -1,6 +1,8 @@
 """Shapes in annotations are checked while the tests run."""
 
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -21,6 +23,18 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+ROOT = Path(__file__).parent
+CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_written_into_the_checkout() -> Iterator[None]:
+    before = {path.name for path in ROOT.iterdir()}
+    yield
+    new = {path.name for path in ROOT.iterdir()} - before - CACHES
+    assert not new, f"a test wrote {sorted(new)} into {ROOT}: give it `tmp_path`"
 
 
 @pytest.fixture(autouse=True)

@@ -117,7 +117,10 @@ class Bytes(Budget):
 
 @dataclass(frozen=True)
 class Latency(Budget):
-    """Time of a forward pass of the example batch that may remain, on this machine: CPU time of one thread.
+    """Time of a forward pass of one batch that may remain, on this machine: CPU time of one thread.
+
+    The batch is the first of training, of the size that the run trains with, or the example that `Pruner.prepare` is
+    given; the report at the end measures the same one, and says how many samples are in it.
 
     It goes by a table that is measured once, when a run begins: what every layer takes at sixteenths of all widths.
     Widths are no finer than that: with `round_to=1`, multiples of the largest power of two in a sixteenth of a group,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,9 @@ from torch import nn
 from lightning_slim.scores import Score
 from lightning_slim.skipping import Skip, skips
 from lightning_slim.surgery import Example, find_blocks
+from lightning_slim.surgery.example import Calls, step_of
 from lightning_slim.surgery.groups import survey_networks
+from lightning_slim.surgery.sites import Survey
 from lightning_slim.surgery.verify import pack_up, vet, vet_blocks
 from lightning_slim.units import UnitGroup
 
@@ -37,6 +39,10 @@ class Wish:
     skip: Skip = ()
     verify: bool = True
 
+    def waits_for(self, model: nn.Module) -> Callable[[str], bool]:
+        """Whether a layer that no call reached keeps what it may read: not if the user says that it is left alone."""
+        return lambda name: not any(skips(entry, name, model.get_submodule(name)) for entry in self.skip)
+
     def forbids(self, model: nn.Module, name: str) -> str:
         """Why a layer or block is to stay; empty if it need not."""
         if self.module and not f"{name}.".replace("_orig_mod.", "").startswith(f"{self.module}."):
@@ -47,10 +53,19 @@ class Wish:
 
 
 class Candidates(NamedTuple):
-    """What may go, and of all else that was found: name -> why it stays whole."""
+    """What may go.
+
+    Attributes:
+        groups: the units.
+        left_whole: of all else that was found, name -> why it stays whole.
+        unreached: layers that no call reached.
+        teachers: names of frozen networks beside what trains, which are not what is shipped.
+    """
 
     groups: list[UnitGroup]
     left_whole: dict[str, str]
+    unreached: Sequence[str] = ()
+    teachers: Sequence[str] = ()
 
 
 def find_candidates(
@@ -64,13 +79,21 @@ def find_candidates(
         wish: what a user allows to go.
         agree: with several processes, what rank 0 says.
     """
-    units = _find_units(model, calls, wish, agree) if wish.granularity != "layers" else Candidates([], {})
-    blocks = _find_blocks(model, calls, wish, agree) if wish.granularity != "units" else Candidates([], {})
-    return Candidates([*units.groups, *blocks.groups], units.left_whole | blocks.left_whole)
+    found = agree(survey_networks(model, calls, wish.waits_for(model)))
+    units = _find_units(model, calls, wish, agree, found) if wish.granularity != "layers" else Candidates([], {})
+    shipped = {name: call for name, call in calls.items() if name not in found.teachers}
+    blocks = (
+        _find_blocks(model, Calls(shipped, step_of(calls)), wish, agree)
+        if wish.granularity != "units"
+        else Candidates([], {})
+    )
+    left_whole = units.left_whole | blocks.left_whole
+    return Candidates([*units.groups, *blocks.groups], left_whole, found.unreached, found.teachers)
 
 
-def _find_units(model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]) -> Candidates:
-    found = survey_networks(model, calls)
+def _find_units(
+    model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any], found: Survey
+) -> Candidates:
     reasons = {group.name: why for group in found.groups if (why := _unwanted_units(model, group, wish))}
     groups = [group for group in found.groups if group.name not in reasons]
     broken = {group.pack for group in found.groups if group.pack and group.name in reasons}

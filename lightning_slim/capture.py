@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.eager import hooked
 from lightning_slim.surgery import Example
+from lightning_slim.surgery.example import whole
 
 
 @contextmanager
@@ -41,10 +43,22 @@ def capture_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
         made = next(tensors, None)
         if made is not None:
-            outputs.setdefault(name, made.detach())
+            outputs.setdefault(name, made.detach().as_subclass(Tensor))
 
     with _outermost(model, after=note):
         yield outputs
+
+
+@contextmanager
+def capture_results(model: nn.Module) -> Iterator[list[Any]]:
+    """Collects what outermost calls return, in the order in which they end."""
+    results: list[Any] = []
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        results.append(output)
+
+    with _outermost(model, after=note):
+        yield results
 
 
 Note = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
@@ -57,7 +71,8 @@ def _outermost(model: nn.Module, before: Note | None = None, after: Note | None 
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            counts = not _is_redirected(module)
+            # A backward pass calls checkpointed layers once more.
+            counts = not _is_redirected(module) and torch._C._current_graph_task_id() == -1
             if before is not None and counts and not any(depth):
                 before(name, args, kwargs, None)
             depth.append(counts)
@@ -89,7 +104,4 @@ def _is_redirected(module: nn.Module) -> bool:
 def whole_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
     """A detached copy of a call's arguments."""
 
-    def copy(leaf: Any) -> Any:
-        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-    return Example(*tree_map(copy, (tuple(args), dict(kwargs))))
+    return Example(*tree_map(whole, (tuple(args), dict(kwargs))))

@@ -13,19 +13,26 @@ from lightning_slim.units import named_tensors
 
 KEY = "lightning_slim"
 VERSION = 1
-MEMORY = "_slim_cut_tensors"  # on the module: names of its tensors that were ever cut
+MEMORY = "_slim_cut_tensors"  # on a layer: names of its tensors that were ever cut
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def cut_tensors(model: nn.Module) -> set[str]:
     """Names of the module's tensors that were ever cut, or loaded cut."""
-    return set(model.__dict__.get(MEMORY, ()))
+    layers = model.named_modules(remove_duplicate=False)
+    return {f"{path}.{name}".lstrip(".") for path, layer in layers for name in vars(layer).get(MEMORY, ())}
 
 
 def remember_cut(model: nn.Module, names: Iterable[str]) -> None:
-    """Lets the module remember which of its tensors were cut, whichever callback did it."""
-    model.__dict__[MEMORY] = sorted(cut_tensors(model) | set(names))
+    """Lets layers remember which of their tensors were cut, whichever callback did it, and wherever they go then."""
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        path = name.rpartition(".")[0]
+        while path not in layers:  # a block that was taken out
+            path = path.rpartition(".")[0]
+        tensor = name[len(path) :].lstrip(".")
+        layers[path].__dict__[MEMORY] = sorted({*vars(layers[path]).get(MEMORY, ()), tensor})
 
 
 def sign(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -67,6 +74,24 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = Fals
     remember_cut(model, names)
     set_selections(model, signature.get("selected", selections(model)))
     resize_to(model, {name: state[name].shape for name in names & state.keys()})
+
+
+def state_of(model: nn.Module, cut: nn.Module) -> dict[str, Any]:
+    """Of a model of which `cut` is the part that is cut: all of it, or what an average wraps."""
+    saved = cut.state_dict()
+    unsaved = {name: buffer for name, buffer in cut.named_buffers() if name not in saved}
+    state: dict[str, Any] = {"whole": model.state_dict(), "state_dict": saved, "unsaved": unsaved}
+    sign(cut, state)
+    return state
+
+
+def load_state(model: nn.Module, cut: nn.Module, state: Mapping[str, Any]) -> None:
+    """The inverse of `state_of`: the structure and the weights that the model had."""
+    fit_to(cut, dict(state))
+    model.load_state_dict(state["whole"])
+    buffers = dict(cut.named_buffers())
+    for name, value in state["unsaved"].items():
+        buffers[name].copy_(value)
 
 
 def _fit_blocks(model: nn.Module, blocks: Mapping[str, int]) -> set[str]:

@@ -91,8 +91,13 @@ class Costs:
     table: Table = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, groups: Iterable[UnitGroup], work: Iterable[Work]) -> Costs:
-        """Costs of a model that was not cut yet; `work` comes from `surgery.find_work`."""
+    def of(
+        cls, model: nn.Module, groups: Iterable[UnitGroup], work: Iterable[Work], apart: Collection[str] = ()
+    ) -> Costs:
+        """Costs of a model that was not cut yet; `work` comes from `surgery.find_work`.
+
+        What lies in modules that are set apart does not count.
+        """
         groups = list(groups)
         tensors = named_tensors(model)
         first_name = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -118,10 +123,12 @@ class Costs:
         least: dict[str, int] = {}  # pack -> in how many steps all of it can shrink alike
         for name, pack in packs.items():
             least[pack] = min(original[name], least.get(pack, original[name]))
-        stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+        aside = tuple(f"{name}." for name in apart)
+        counted = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(aside)}
+        stored = {id(t): t for t in counted.values() if isinstance(t, Tensor)}
         return cls(
             original=original,
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith(aside)),
             work=work,
             shapes=shapes,
             axes=axes,

@@ -1,4 +1,4 @@
-"""Compiled modules, run eagerly for a while: hooks do not fire in a compiled graph, and a trace would see one node."""
+"""Modules run eagerly for a while: in a compiled graph or a fused kernel no hook fires, and a trace sees one node."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Nothing compiled runs within; nothing is compiled either. Free where nothing was compiled in this process."""
-    if "torch._dynamo" not in sys.modules:  # slow to import, and no module can be compiled without it
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    """Nothing compiled runs within, and no transformer layer as one kernel, on nested tensors; nothing is compiled."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if "torch._dynamo" not in sys.modules:  # slow to import, and no module can be compiled without it
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_slim.costs import Costs, Table, Widths
 from lightning_slim.profile import evaluating, one_thread, steady_memory
-from lightning_slim.surgery import Example, remove_units
+from lightning_slim.surgery import Example, calls_after, remove_units
 from lightning_slim.units import UnitGroup
 from lightning_slim.weight_norm import settle
 
@@ -168,10 +168,11 @@ def _times(
     settle(model)  # a weight with a graph behind it cannot be copied
     copies = []
     for widths in rows:
+        plan = {n: torch.arange(u) < widths[n] for n, u in costs.original.items() if widths[n] < u}
+        narrowed = calls_after(model, groups, plan, calls)
         cut = copy.deepcopy(model)
-        sizes = costs.original.items()
-        remove_units(cut, groups, {n: torch.arange(u) < widths[n] for n, u in sizes if widths[n] < u})
-        copies.append(cut)
+        remove_units(cut, groups, plan)
+        copies.append((cut, narrowed))
     layers = {work.layer for work in costs.work}
     times: list[defaultdict[str, list[float]]] = [defaultdict(list) for _ in rows]
     order, shuffle, begin = list(range(len(copies))), random.Random(0), time.perf_counter()
@@ -181,7 +182,7 @@ def _times(
                 break
             shuffle.shuffle(order)
             for i in order:
-                spent = _spent(copies[i], calls, layers)
+                spent = _spent(*copies[i], layers)
                 for layer in spent if done else ():  # the first round warms up
                     times[i][layer].append(spent[layer])
     return [{layer: 1000 * statistics.median(t) for layer, t in taken.items()} for taken in times]

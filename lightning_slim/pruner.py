@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, get_args
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.budgets import Budget, Latency, MACs, Significant
 from lightning_slim.candidates import Granularity, Wish, find_candidates
+from lightning_slim.checkpoint import remember_cut
 from lightning_slim.costs import Costs
 from lightning_slim.evidence import evidence_of
 from lightning_slim.folding import Compensate, fold_plan
@@ -40,7 +41,16 @@ from lightning_slim.surgery import (
     remove_units,
     restore,
 )
-from lightning_slim.surgery.example import as_example, workable
+from lightning_slim.surgery.example import (
+    Calls,
+    Shapes,
+    as_example,
+    resized,
+    shapes_of,
+    step_of,
+    untouched,
+    workable_calls,
+)
 from lightning_slim.surgery.layers.norm import norm_scales
 from lightning_slim.surgery.verify import compare
 from lightning_slim.units import (
@@ -151,7 +161,11 @@ class Pruner:
         self.groups: list[UnitGroup] = []
         self.given_up: set[str] = set()  # groups that turned out to be impossible to cut
         self.networks: set[str] = set()  # names of the networks that the groups were found in
-        self.calls: dict[str, Example] = {}  # the networks, each with one call
+        self.calls = Calls()  # the networks, each with one call
+        self._timed: dict[str, tuple[Example, Shapes]] = {}  # for latency: calls of a whole batch, of what widths
+        self.unreached: Sequence[str] = ()  # layers that no call reached
+        self._inputs: dict[str, Shapes] = {}  # of the tensors in these calls, before anything was cut
+        self._teachers: dict[str, float] = {}  # frozen networks that are not shipped -> a checksum of their weights
         self.agree: Agree = alone  # several processes: what rank 0 says
         self.average: Callable[[Tensor], Tensor] = alone  # several processes: the mean over ranks
         self.ranks = 1  # how many processes
@@ -179,9 +193,9 @@ class Pruner:
         Raises:
             ValueError: nothing can be removed, or not enough.
         """
-        calls = self._workable({"": example_inputs} if networks is None else networks)
+        calls = workable_calls(self.model, {"": example_inputs} if networks is None else networks)
         wish = Wish(self.witnessed, self.granularity, self.module, self.skip, self.verify)
-        groups, self.left_whole = find_candidates(self.model, calls, wish, self.agree)
+        groups, self.left_whole, self.unreached, teachers = find_candidates(self.model, calls, wish, self.agree)
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons or NOTHING}.")
@@ -192,21 +206,50 @@ class Pruner:
             )
         if self.compensate == "exact":
             groups = [with_patches(self.model, group) for group in groups]
-        costs = self.selection.bounded(Costs.of(self.model, groups, find_work(self.model, calls)), self.model, groups)
+        work = find_work(self.model, calls, teachers)
+        costs = self.selection.bounded(Costs.of(self.model, groups, work, teachers), self.model, groups)
         whole = {"": example_inputs} if networks is None else networks
-        costs = self._measured(costs, groups, {name: as_example(call) for name, call in whole.items()})
+        shipped = {name: as_example(call) for name, call in whole.items() if name not in teachers}
+        costs = self._measured(costs, groups, Calls(shipped, calls.step))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
         self._original_index = {group.name: torch.arange(group.size) for group in groups}
         self._original_shapes = self._shapes = _shapes(self.model, groups)
         self._recorder = self._new_recorder()
+        self._teachers = {name: _checksum(self.model.get_submodule(name)) for name in teachers}
+        self._inputs = {name: shapes_of(call) for name, call in self.current_calls().items()}
+        self._keep_timed(shipped)
 
     def meet(self, networks: Mapping[str, Any]) -> None:
         """Examples of networks that were prepared before: a checkpoint knows the groups, but holds no training data."""
-        self.calls = self._workable({name: call for name, call in networks.items() if name in self.networks})
+        known = {name: call for name, call in networks.items() if name in self.networks}
+        self.calls = workable_calls(self.model, Calls(known, step_of(networks)))
+        self._keep_timed(known)
 
-    def _workable(self, calls: Mapping[str, Any]) -> dict[str, Example]:
-        return {name: workable(self.model.get_submodule(name), as_example(call)) for name, call in calls.items()}
+    def current_calls(self) -> Calls:
+        """The networks that are shipped, each with one call of the widths that there are now."""
+        calls = self.calls
+        if calls.step is not None:
+            with untouched(self.model):
+                calls = workable_calls(self.model, Calls(calls.step.calls(), calls.step))
+        return Calls({name: call for name, call in calls.items() if name not in self._teachers}, calls.step)
+
+    def original_calls(self) -> Calls:
+        """The same, of the widths that there were before anything was cut."""
+        now = self.current_calls()
+        return Calls({name: resized(call, shapes_of(call), self._inputs[name]) for name, call in now.items()})
+
+    def timed_calls(self) -> tuple[Calls, Calls]:
+        """Calls of the batch that a budget of latency was measured with, of the original widths, and of those now."""
+        shapes = {name: shapes_of(call) for name, call in self.current_calls().items()} if self._timed else {}
+        dense = {name: resized(call, then, self._inputs[name]) for name, (call, then) in self._timed.items()}
+        slim = {name: resized(call, then, shapes[name]) for name, (call, then) in self._timed.items()}
+        return Calls(dense), Calls(slim)
+
+    def _keep_timed(self, whole: Mapping[str, Example]) -> None:
+        if isinstance(self.budget, Latency):
+            now = self.current_calls()
+            self._timed = {name: (as_example(whole[name]), shapes_of(call)) for name, call in now.items()}
 
     @property
     def in_step(self) -> bool:
@@ -306,6 +349,7 @@ class Pruner:
         asked = self.asked(progress) if asked is None else asked
         if not self._more_than(asked):
             return None
+        self._refuse_moving_teachers()
         self.recorder.synchronise(self.average, self.agree, self.ranks)
         scores = self._score()
         plan = self.agree(self._plan(asked, scores))
@@ -334,7 +378,22 @@ class Pruner:
             undo.pop_all()
         for model in models:
             forget_blocks(model)
+        remember_cut(self.model, self.cut_tensors)
         return self._remember(progress, asked, global_step, plan, scores)
+
+    def _refuse_moving_teachers(self) -> None:
+        """What follows the weights of a network by itself would mix units after a cut."""
+        modules = {name: self.model.get_submodule(name) for name in self._teachers}
+        frozen = [name for name, module in modules.items() if not any(p.requires_grad for p in module.parameters())]
+        moved = [name for name in frozen if _checksum(modules[name]) != self._teachers[name]]
+        if moved:
+            raise ValueError(
+                f"Expected frozen weights to stay as they are, got {moved[0]}, which changed although it is frozen: it "
+                "seems to be the moving average of another network (a momentum or mean teacher), which the training "
+                "step updates itself and which a cut would leave behind. Use Lightning's `WeightAveraging` or "
+                "`EMAWeightAveraging` callback, whose averages are cut alike, or prune when the teacher has done its "
+                "work."
+            )
 
     def _score(self) -> dict[str, UnitScores]:
         scores = {}
@@ -532,6 +591,9 @@ class Pruner:
             "left_whole": dict(self.left_whole),
             "given_up": sorted(self.given_up),
             "networks": sorted(self.networks),
+            "inputs": dict(self._inputs),
+            "teachers": dict(self._teachers),
+            "unreached": list(self.unreached),
             "original_index": dict(self._original_index),
             "original_shapes": dict(self._original_shapes),
             "gone": sorted(self._gone),
@@ -547,6 +609,8 @@ class Pruner:
         self.groups = [from_state(group) for group in state["groups"]]
         self.left_whole = dict(state["left_whole"])
         self.given_up, self.networks = set(state["given_up"]), set(state["networks"])
+        self._inputs, self._teachers = dict(state["inputs"]), dict(state["teachers"])
+        self.unreached = tuple(state["unreached"])
         self._original_index = {name: index.cpu() for name, index in state["original_index"].items()}
         self._original_shapes = dict(state["original_shapes"])
         self._gone = set(state["gone"])
@@ -555,6 +619,12 @@ class Pruner:
         self.history = History.from_state(state["history"])
         self._recorder = self._new_recorder()
         self._recorder.load_state_dict(state["recorder"])
+
+
+def _checksum(module: nn.Module) -> float:
+    """Tells whether weights have changed."""
+    weights = (p.detach().double() for p in module.parameters())
+    return sum(float(p.sum() + p.abs().sum()) for p in weights)
 
 
 def _rounded_up(figure: float) -> float:

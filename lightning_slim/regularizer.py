@@ -16,7 +16,7 @@ from lightning_slim.ranks import Agree, alone
 from lightning_slim.scores import Magnitude
 from lightning_slim.skipping import Skip, check_skip
 from lightning_slim.surgery import StructureChange
-from lightning_slim.surgery.example import as_example, workable
+from lightning_slim.surgery.example import workable_calls
 from lightning_slim.surgery.layers.norm import scale_spans
 from lightning_slim.units import (
     Role,
@@ -31,6 +31,7 @@ from lightning_slim.units import (
 )
 from lightning_slim.weight_norm import by_stored, editing, stored, weight
 
+SKIPPED = "it is skipped"  # why candidates are left alone
 NEAR_ZERO = 0.01  # of the mean norm that a group's units had at the start
 ROLES: dict[str, Role | None] = {"all": None, "made": "out"}
 
@@ -60,10 +61,9 @@ class Regularizer:
     def __init__(
         self, model: nn.Module, penalty: Penalty, *, module: str = "", skip: Skip = (), verify: bool = True
     ) -> None:
-        check_skip(model, skip)
-        check_skip(model, [module] if module else [])
-        self.model, self.penalty = model, penalty
-        self.wish = Wish(Magnitude(), module=module, skip=tuple(skip), verify=verify)
+        self.model, self.penalty, self.verify = model, penalty, verify
+        self.confine(module, skip)
+        self.prepared = False  # whether the groups are known
         self.groups: list[UnitGroup] = []
         self.left_alone: dict[str, str] = {}
         self.agree: Agree = alone  # several processes: what rank 0 says
@@ -71,6 +71,16 @@ class Regularizer:
         self._start: dict[str, Tensor] = {}  # group -> norms of the units that are there now, as they were then
 
     # --- find ---
+
+    def confine(self, module: str = "", skip: Skip = ()) -> None:
+        """Leaves all but a part of the model alone, and what is skipped.
+
+        Raises:
+            ValueError: the model has no such layers.
+        """
+        check_skip(self.model, skip)
+        check_skip(self.model, [module] if module else [])
+        self.wish = Wish(Magnitude(), module=module, skip=tuple(skip), verify=self.verify)
 
     @torch.inference_mode(False)
     def prepare(self, networks: Mapping[str, Any]) -> None:
@@ -80,12 +90,13 @@ class Regularizer:
             networks: of each network, dotted name -> example inputs.
 
         Raises:
-            ValueError: nothing.
+            ValueError: there is nothing to pull, though nothing is skipped.
         """
-        calls = {name: workable(self.model.get_submodule(name), as_example(call)) for name, call in networks.items()}
-        found, self.left_alone = find_candidates(self.model, calls, self.wish, self.agree)
+        calls = workable_calls(self.model, networks)
+        found, self.left_alone, *_ = find_candidates(self.model, calls, self.wish, self.agree)
         self._pull(found)
-        if not self.groups:
+        self.prepared = True
+        if not self.groups and SKIPPED not in self.left_alone.values():
             nothing = {group.name: "it passes no normalisation with a scale" for group in found}
             reasons = "; ".join(f"{name}: {why}" for name, why in {**self.left_alone, **nothing}.items())
             raise ValueError(
@@ -93,11 +104,6 @@ class Regularizer:
                 f"choose another penalty, such as `GroupLasso()`, or skip less. {reasons}"
             )
         self._start = self.norms()
-
-    @property
-    def prepared(self) -> bool:
-        """Whether the groups are known."""
-        return bool(self.groups)
 
     # --- pull ---
 
@@ -175,6 +181,7 @@ class Regularizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; the model must have the shapes that it had then."""
         self._pull(from_state(group) for group in state["groups"])
+        self.prepared = bool(self.groups)
         self._start = {name: norms.cpu() for name, norms in state["start"].items()}
 
     # --- details ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.profile import Profile, bytes_on_disk, count_macs, evaluating, time_side_by_side
 from lightning_slim.surgery import Example
@@ -28,11 +29,13 @@ class Report:
         dense: before.
         slim: after.
         left_whole: layer -> why nothing was removed from it.
+        batch_sizes: samples in the batch that latency was measured with; several, if networks got different ones.
     """
 
     dense: Profile
     slim: Profile
     left_whole: dict[str, str] = field(default_factory=dict)
+    batch_sizes: tuple[int, ...] = ()
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, slim, slim against dense), readable; metrics get their difference, all else the ratio."""
@@ -46,7 +49,8 @@ class Report:
             )
         ]
         a, b = dense.latency_ms, slim.latency_ms
-        table.append(("CPU latency (median)", f"{a:.3f} ms", f"{b:.3f} ms", f"{b / a:.1%}"))
+        of = f", {size_in_words(self.batch_sizes)}" if self.batch_sizes else ""
+        table.append((f"CPU latency (median{of})", f"{a:.3f} ms", f"{b:.3f} ms", f"{b / a:.1%}"))
         for name, value in slim.metrics.items():
             known = dense.metrics.get(name)
             before, change = ("-", "-") if known is None else (f"{known:.4f}", f"{value - known:+.4f}")
@@ -54,7 +58,7 @@ class Report:
         return table
 
     def to_json(self) -> str:
-        """Keys `dense` and `slim` (`params`, `macs`, `bytes`, `latency_ms`, `metrics` each), and `left_whole`."""
+        """Keys `dense` and `slim` (`params`, `macs`, `bytes`, `latency_ms`, `metrics` each), and the rest."""
         return json.dumps(asdict(self), indent=2)
 
     def to_markdown(self) -> str:
@@ -91,6 +95,8 @@ def report(
     example_inputs: Any = None,
     *,
     networks: Mapping[str, Any] | None = None,
+    slim_networks: Mapping[str, Any] | None = None,
+    timed: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
     dense_metrics: Mapping[str, float] | None = None,
     slim_metrics: Mapping[str, float] | None = None,
     left_whole: Mapping[str, str] | None = None,
@@ -102,20 +108,32 @@ def report(
         slim: the pruned one, with the same submodules.
         example_inputs: one call: a tensor, a tuple of arguments or a dict of keyword arguments.
         networks: instead, one call for each of several submodules: dotted name -> example inputs.
+        slim_networks: calls of the slim model's, where one of them takes in what another one makes, and less of it.
+        timed: other calls, of the dense and of the slim model, that latency is measured with.
         dense_metrics: for the table.
         slim_metrics: for the table.
         left_whole: layer -> why nothing was removed from it, for the table.
     """
-    calls = {"": as_example(example_inputs)} if networks is None else networks
-    calls = {name: Example(*_to_cpu(tuple(as_example(call)))) for name, call in calls.items()}
+    given = {"": example_inputs} if networks is None else networks
+    calls = [_examples(given), _examples(given if slim_networks is None else slim_networks)]
+    timed_calls = [_examples(each) for each in timed] if timed and timed[0] else calls
     for model in (dense, slim):
         settle(model)  # a weight with a graph behind it cannot be copied
     models = [copy.deepcopy(model).cpu() for model in (dense, slim)]
     with evaluating(models[0]), evaluating(models[1]), torch.no_grad():
-        latencies = time_side_by_side([partial(_forward, model, calls) for model in models])
+        latencies = time_side_by_side([partial(_forward, *each) for each in zip(models, timed_calls, strict=True)])
     metrics = (dict(dense_metrics or {}), dict(slim_metrics or {}))
-    before, after = (_profile(*each, calls) for each in zip(models, latencies, metrics, strict=True))
-    return Report(before, after, dict(left_whole or {}))
+    before, after = (_profile(*each) for each in zip(models, latencies, metrics, calls, strict=True))
+    return Report(before, after, dict(left_whole or {}), batch_sizes(timed_calls[0]))
+
+
+def _examples(networks: Mapping[str, Any]) -> dict[str, Example]:
+    examples = {}
+    for name, given in networks.items():
+        call = as_example(given)
+        args, kwargs = _to_cpu((call.args, dict(call.kwargs)))
+        examples[name] = Example(args, kwargs, call.samples)
+    return examples
 
 
 def _profile(model: nn.Module, latency_ms: float, metrics: dict[str, float], calls: Mapping[str, Example]) -> Profile:
@@ -134,7 +152,19 @@ def _forward(model: nn.Module, calls: Mapping[str, Example]) -> None:
         model.get_submodule(name)(*call.args, **call.kwargs)
 
 
-def _to_cpu(tree: Any) -> Any:
-    from torch.utils._pytree import tree_map
+def batch_sizes(calls: Mapping[str, Example]) -> tuple[int, ...]:
+    """How many samples the calls hold, each number once: the first axis of the first tensor is the batch."""
+    tensors = ([t for t in tree_leaves(call[:2]) if isinstance(t, torch.Tensor) and t.ndim] for call in calls.values())
+    return tuple(sorted({of_call[0].shape[0] for of_call in tensors if of_call}))
 
+
+def size_in_words(sizes: Sequence[int]) -> str:
+    """
+    >>> size_in_words([64]), size_in_words([1, 64])
+    ('batch of 64', 'batches of 1 and 64')
+    """
+    return f"batch of {sizes[0]}" if len(sizes) == 1 else f"batches of {' and '.join(map(str, sizes))}"
+
+
+def _to_cpu(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, tree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
@@ -38,8 +39,8 @@ def fraction_of(time: Time, epochs: float, steps_per_epoch: int) -> float:
 class Schedule(ABC):
     """When how much goes. 0 before it starts, 1 from its end on, never falling.
 
-    `start` and `end` are fractions of the run (all of `max_epochs` or `max_steps` is 1), or `"3 epochs"`, or
-    `"500 steps"` of the optimizer. Their defaults are the same everywhere: where a YAML file names another class,
+    `start` and `end` are fractions of the run (all of `max_epochs`, `max_steps` or `max_time` is 1), or `"3 epochs"`,
+    or `"500 steps"` of the optimizer. Their defaults are the same everywhere: where a YAML file names another class,
     jsonargparse carries values of the same name over.
     """
 
@@ -54,6 +55,12 @@ class Schedule(ABC):
             raise ValueError(
                 f"Expected 0 <= start <= end <= 1 (fractions of the run), got start={self.start}, end={self.end}."
             )
+
+    @property
+    def by_default(self) -> bool:
+        """Whether its times are those of its class: nobody chose them."""
+        own = [each for each in fields(self) if each.name in TIMES]  # type: ignore[arg-type]
+        return all(getattr(self, each.name) == each.default for each in own)
 
     def __call__(self, progress: float) -> float:
         """Share of the removal that is due at `progress`."""
@@ -81,10 +88,8 @@ class Schedule(ABC):
         Raises:
             ValueError: a time is after the end of the run, or the start is after the end.
         """
-        own = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
-        times = {name: fraction_of(time, epochs, steps_per_epoch) for name, time in own.items() if name in TIMES}
         try:
-            return replace(self, **times)  # type: ignore[type-var]
+            return self.at_times(lambda time: fraction_of(time, epochs, steps_per_epoch))
         except ValueError as error:
             raise ValueError(
                 f"Expected times within a run of {epochs:g} epochs of {steps_per_epoch} steps, got {self}: {error}"
@@ -96,8 +101,16 @@ class Schedule(ABC):
         >>> Linear(0.0, 0.5).within(0.5)
         Linear(start=0.5, end=0.75)
         """
+        return self.at_times(lambda time: min(start + (1 - start) * float(time), 1.0))
+
+    def at_times(self, change: Callable[[Time], float]) -> Schedule:
+        """The schedule with each of its times changed.
+
+        >>> Linear(0.1, 0.9).at_times(lambda time: min(time, 0.5))
+        Linear(start=0.1, end=0.5)
+        """
         own = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
-        times = {name: min(start + (1 - start) * time, 1.0) for name, time in own.items() if name in TIMES}
+        times = {name: change(time) for name, time in own.items() if name in TIMES}
         return replace(self, **times)  # type: ignore[type-var]
 
     @abstractmethod

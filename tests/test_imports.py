@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PACKAGE = Path(__file__).parent.parent / "lightning_slim"
 
 # What each part may import of the package. A part is a folder or a file of the package's first level.
 MAY_IMPORT = {
+    "aside": set(),
     "weight_norm": set(),
     "units": {"weight_norm"},
     "statistics": set(),
@@ -35,8 +38,8 @@ MAY_IMPORT = {
     "selection": {"budgets", "costs", "isomorphism", "skipping", "units"},
     "patches": {"units"},
     "latency": {"costs", "profile", "surgery", "units", "weight_norm"},
-    "recording": {"eager", "patches", "statistics", "surgery", "units", "witness"},
-    "surgery": {"costs", "eager", "profile", "units", "weight_norm"},
+    "recording": {"aside", "eager", "patches", "statistics", "surgery", "units", "witness"},
+    "surgery": {"aside", "costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
     "folding": {"statistics", "surgery", "units"},
     "checkpoint": {"surgery", "units"},
@@ -48,19 +51,21 @@ MAY_IMPORT = {
     "candidates": {"scores", "skipping", "surgery", "units"},
     "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {
-        "budgets", "candidates", "costs", "evidence", "folding", "guards", "history", "latency", "patches", "ranks",
-        "recording", "schedules", "scores", "selection", "skipping", "surgery", "units",
+        "budgets", "candidates", "checkpoint", "costs", "evidence", "folding", "guards", "history",
+        "latency", "patches", "ranks", "recording", "schedules", "scores", "selection", "skipping", "surgery", "units",
     },
     "monitor": set(),
     "chart": set(),
     "sensitivity": {"chart", "costs", "monitor", "selection", "units"},
     "explore": {"budgets", "chart", "costs", "monitor", "selection", "units"},
-    "regularizer": {"candidates", "penalties", "ranks", "scores", "skipping", "surgery", "units", "weight_norm"},
+    "regularizer": {
+        "candidates", "penalties", "ranks", "scores", "skipping", "surgery", "units", "weight_norm",
+    },
     "callbacks": {
-        "accuracy", "budgets", "candidates", "capture", "checkpoint", "eager", "explore", "flows", "folding", "guards",
-        "history", "input_evidence", "input_screener", "losses", "masker", "masks", "monitor", "penalties", "pruner",
-        "recording", "regularizer", "report", "schedules", "scores", "selection", "sensitivity", "skipping", "surgery",
-        "units", "weight_norm",
+        "accuracy", "budgets", "candidates", "capture", "checkpoint", "eager", "explore", "flows",
+        "folding", "guards", "history", "input_evidence", "input_screener", "losses", "masker", "masks",
+        "monitor", "penalties", "pruner", "recording", "regularizer", "report", "schedules", "scores",
+        "selection", "sensitivity", "skipping", "surgery", "units", "weight_norm",
     },
     "cli": {"callbacks"},
 }  # fmt: skip
@@ -108,3 +113,13 @@ def test_every_public_name_exists() -> None:
 
     assert sorted(lightning_slim.__all__) == lightning_slim.__all__
     assert all(hasattr(lightning_slim, name) for name in lightning_slim.__all__)
+
+
+def test_compromised_releases_of_lightning_are_not_installed() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    asked = [Requirement(line) for line in re.findall(r'"((?:pytorch-)?lightning[<>=!].*?)"', text)]
+    assert len(asked) == 2
+    for requirement in asked:
+        assert "2.6.2" not in requirement.specifier
+        assert "2.6.3" not in requirement.specifier
+        assert "2.6.1" in requirement.specifier

@@ -46,6 +46,18 @@ def test_two_models_are_measured_and_left_as_they_are() -> None:
     assert torch.equal(generator, torch.get_rng_state())
 
 
+def test_latency_is_measured_on_another_batch_where_one_is_given_and_its_size_is_said() -> None:
+    model = Mixed()
+    of_two = report(model, model, images(0, 2)[0])
+    assert of_two.batch_sizes == (2,)
+    of_many = report(model, model, networks={"": images(0, 2)[0]}, timed={"": images(0, 64)[0]})
+    assert of_many.batch_sizes == (64,)
+    assert of_many.dense.macs == of_two.dense.macs
+    assert of_many.dense.latency_ms > 2 * of_two.dense.latency_ms
+    assert "| CPU latency (median, batch of 64) |" in of_many.to_markdown()
+    assert json.loads(of_many.to_json())["batch_sizes"] == [64]
+
+
 def test_bytes_are_those_of_the_file(tmp_path) -> None:
     torch.save(Mixed().state_dict(), tmp_path / "weights.pt")
     assert bytes_on_disk(Mixed()) == pytest.approx((tmp_path / "weights.pt").stat().st_size, rel=0.02)

@@ -85,8 +85,8 @@ class AccuracyGuard:
         return verdict, before
 
     def forget_trial(self) -> None:
-        """The step under trial, if there is one, is neither kept nor counts as failed."""
-        self.search.trying, self.snapshot = None, None
+        """Another fit: the step under trial, if there is one, is neither kept nor counts as failed."""
+        self.search.trying, self.snapshot, self._source = None, None, None
 
     def _hear(self, trainer: Trainer, source: Literal["validation", "training"]) -> None:
         """A value counts when what logs it is over; that is where it came from first."""

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_slim.callbacks.companions import copies, is_ddp
-from lightning_slim.checkpoint import cut_tensors, fit_to, remember_cut, sign
+from lightning_slim.checkpoint import cut_tensors, fit_to, load_state, remember_cut, sign, state_of
 
 # By name, so that both `lightning.pytorch` and `pytorch_lightning` are meant, and none of them is imported.
 SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy"}
 
+BEFORE = "_slim_before_smoke_test"  # on a module: its state before it was changed
+
 
 class SlimCallback(Callback):
-    """A callback that changes the structure of the model it is given."""
+    """A callback that changes the structure of the model it is given.
+
+    A smoke test (`fast_dev_run`) leaves nothing behind: what does the work is made for it alone, and a module that it
+    changed is put back when it is over.
+
+    Attributes:
+        workers: names of the attributes that hold what does the work, None before a fit.
+    """
+
+    workers: ClassVar[Sequence[str]] = ()
+    _aside: Mapping[str, Any] | None = None  # those of real fits, from a smoke test on until the next real fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._set_aside(bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
         refuse_what_cannot_be_cut(trainer, pl_module)
         # Lightning calls the module's hook before it loads weights, and the callbacks' hooks after: too late to resize.
         # It looks the hook up on the instance, so that is where it is wrapped. The module's hook for saving also runs
@@ -31,7 +46,22 @@ class SlimCallback(Callback):
         pl_module.on_load_checkpoint = partial(_resize_and_load, pl_module, load)  # type: ignore[method-assign]
         pl_module.on_save_checkpoint = partial(_save_and_sign, pl_module, save)  # type: ignore[method-assign]
 
+    def _set_aside(self, smoke_test: bool) -> None:
+        if smoke_test:
+            self._aside = self._aside or {name: getattr(self, name) for name in self.workers}
+            vars(self).update(dict.fromkeys(self.workers))
+        elif self._aside is not None:
+            vars(self).update(self._aside)
+            self._aside = None
+
+    def about_to_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """To be called before the module is changed: a smoke test puts it back."""
+        if trainer.fast_dev_run and BEFORE not in vars(pl_module):  # type: ignore[attr-defined]
+            vars(pl_module)[BEFORE] = copy.deepcopy(state_of(pl_module, pl_module))
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if (before := vars(pl_module).pop(BEFORE, None)) is not None:
+            load_state(pl_module, pl_module, before)
         for hook in ("on_load_checkpoint", "on_save_checkpoint"):
             pl_module.__dict__.pop(hook, None)
 

@@ -8,10 +8,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_slim.callbacks.arrivals import Arrivals
+from lightning_slim.callbacks.looking import looked_at, validated
 from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.capture import capture_calls
 from lightning_slim.pruner import Pruner
 from lightning_slim.surgery import Example
+from lightning_slim.surgery.example import Calls
 
 
 class Gathering:
@@ -31,11 +34,17 @@ class Gathering:
         self._every = every_n_steps
         self._watching = ExitStack()
         self._calls: dict[str, Example] = {}
+        self._arrivals = Arrivals()
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Another run, or another model."""
-        self._batches = 0
+        self._batches = self._batch_idx = 0
+        self._looks = False  # for networks that are called
+        self._arrivals.close()
+        self._seen = Calls()  # what is known of the step
+        self._validation: tuple[Any, dict[str, Example]] | None = None  # a batch of the sanity check, and its calls
+        self.refused: ValueError | None = None  # nothing can be removed, by what was seen so far
         self._gradients_due: list[int] = []  # optimizers whose next step follows a recorded batch
 
     def begin(
@@ -58,7 +67,9 @@ class Gathering:
             records: whether there is any evidence to gather.
         """
         due = records and self._batches % self._every == 0
-        if not pruner.calls or (due and not pruner.history.events):
+        self._batch_idx = batch_idx
+        self._looks = not pruner.calls or ((due or bool(pruner.unreached)) and not pruner.history.events)
+        if self._looks:
             self._calls = self._watching.enter_context(capture_calls(pl_module))
         if records and pruner.prepared and (due or not pruner.recorder.ready):
             self.step.begin(pruner.recorder, trainer, pl_module, batch, batch_idx)
@@ -76,19 +87,52 @@ class Gathering:
         """A batch has trained; whether it showed what can be removed."""
         self._watching.close()
         self.step.end(trainer, outputs, batch)
+        looked = self._looks and not pruner.history.events
         calls, self._calls = self._calls, {}
-        new = calls.keys() - pruner.networks
-        if new and not pruner.history.events:  # the first batch, or one that calls a network for the first time
-            pruner.prepare(networks={**calls, **pruner.calls})
-            return True
-        if not pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
-            pruner.meet(calls)
+        module = trainer.lightning_module
+        if looked and pruner.agree(bool(calls.keys() - pruner.networks) or self._arrivals.any):
+            # The first batch, or one that goes a way that none went before.
+            self._seen = looked_at(module, calls, batch, self._batch_idx, self._seen)
+            if self._validation is not None:
+                validation, self._validation = self._validation, None
+                self._seen = validated(module, validation[1], validation[0], self._seen)
+            return self._prepare(pruner, self._seen)
+        if pruner.prepared and not pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
+            pruner.meet(looked_at(module, calls, batch, self._batch_idx))
+            self._arrivals.wait(pruner)
         return False
+
+    def _prepare(self, pruner: Pruner, seen: Calls) -> bool:
+        """Finds what can be removed; whether anything can, by what was seen so far."""
+        self.refused = None
+        try:
+            pruner.prepare(networks=seen)
+        except ValueError as error:
+            if not pruner.unreached:
+                raise
+            self.refused = error  # what is reached later may be what everything waits for
+        self._arrivals.wait(pruner)
+        return self.refused is None
+
+    def look_at_validation(self, module: LightningModule, batch: Any) -> None:
+        """A batch of the sanity check is about to be validated on: that may go where training does not."""
+        if self._validation is None:
+            calls = self._watching.enter_context(capture_calls(module))
+            self._validation = batch, calls
+
+    def stop_looking(self) -> None:
+        """It is over."""
+        self._watching.close()
 
     def close(self) -> None:
         """Looks away, whatever the step came to."""
         self._watching.close()
         self.step.close()
+
+    def finish(self) -> None:
+        """The run is over."""
+        self.close()
+        self._arrivals.close()
 
     def drop_gradients(self) -> None:
         """What the next steps will be taken by belongs to no recorded batch."""

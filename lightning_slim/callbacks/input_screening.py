@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.batches import item_of
+from lightning_slim.callbacks.clock import epochs_in_run, has_end
 from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
+from lightning_slim.callbacks.pace import batches_per_epoch
 from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import remember_cut
 from lightning_slim.history import ScreeningEvent
@@ -53,6 +56,8 @@ class InputScreening(SlimCallback):
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after the cut.
         print_report: whether to save the table of all inputs as `inputs.md` when the fit ends.
     """
+
+    workers = ("_screener",)
 
     def __init__(
         self,
@@ -140,13 +145,11 @@ class InputScreening(SlimCallback):
         self.screener.reduce = partial(_reduce, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.num_training_batches
-        first = epoch if self.batches is None else min(self.batches, epoch)
-        ends = [trainer.max_epochs * epoch] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
-        ends += [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps > 0 else []
-        if self.undecided and first >= min(ends, default=first + 1) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        first = min(self.batches or math.inf, trainer.num_training_batches)
+        run = epochs_in_run(trainer) * batches_per_epoch(trainer) if has_end(trainer) else math.inf
+        if self.undecided and run - 1e-9 <= first and math.isfinite(run) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
-                f"Expected a run that goes on when inputs are chosen, after {first} batches, got one of {min(ends)}: "
+                f"Expected a run that goes on when inputs are chosen, after {first} batches, got one of {run:g}: "
                 "set `batches` to fewer, or train longer."
             )
 
@@ -192,6 +195,7 @@ class InputScreening(SlimCallback):
     # --- details ---
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.about_to_change(trainer, pl_module)
         event = self.screener.step(trainer.optimizers, copies(trainer), trainer.global_step)
         if not event.significant:
             rank_zero_warn(

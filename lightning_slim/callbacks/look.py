@@ -64,7 +64,7 @@ class Look(Callback):
             self._gathering.end(self._pruner, trainer, outputs, batch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._gathering.close()
+        self._gathering.finish()
 
 
 class Still(Callback):

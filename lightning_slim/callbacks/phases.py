@@ -9,9 +9,10 @@ from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_slim.callbacks.clock import epochs_done, epochs_in_run, steps_per_epoch
+from lightning_slim.callbacks.clock import epochs_before_end, epochs_done, epochs_in_run, is_certain
+from lightning_slim.callbacks.pace import batches_per_epoch, pace_of
 from lightning_slim.flows import Flow
-from lightning_slim.schedules import Time, check_time, fraction_of
+from lightning_slim.schedules import Time, check_time
 
 When = Literal["during", "start", "end"]
 HELD = "lr before fine-tuning"  # in a group of an optimizer, while this takes a step
@@ -66,15 +67,14 @@ class FineTuning:
         Raises:
             MisconfigurationException: it is longer than the run.
         """
-        run = epochs_in_run(trainer)
-        fraction = fraction_of(self.length, run, steps_per_epoch(trainer))
-        if fraction > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"Expected `finetune` within a run of {run:g} epochs of {steps_per_epoch(trainer)} steps, got "
-                f"{self.length}: shorten it, or train longer."
-            )
-        self.begins = (1 - min(fraction, 1.0)) * run
         self.close()
+        self.begins = epochs_before_end(self.length, trainer)
+        if self.begins < -1e-9 and is_certain(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"Expected `finetune` within a run of {epochs_in_run(trainer):g} epochs of "
+                f"{pace_of(trainer).steps_per_epoch:g} steps, got {self.length}: shorten it, or train longer."
+            )
+        self.begins = self._begin(trainer)
         self._optimizers = list(trainer.optimizers)
         if not self.rates:
             self.rates = [[float(group["lr"]) for group in o.param_groups] for o in self._optimizers]
@@ -84,9 +84,12 @@ class FineTuning:
             self._handles.append(optimizer.register_step_post_hook(lambda o, *_: put_back(o)))
         return self.begins
 
-    def follow(self, trainer: Trainer, batch_idx: int) -> None:
-        """A batch begins; nothing happens unless the phase is waited for."""
-        self._under_way = bool(self._handles) and epochs_done(trainer, batch_idx) > self.begins - 1e-9
+    def follow(self, trainer: Trainer, batch_idx: int) -> bool:
+        """A batch begins; nothing happens unless the phase is waited for. Whether it is."""
+        if self._handles and not self._under_way:
+            self.begins = self._begin(trainer)
+            self._under_way = epochs_done(trainer, batch_idx) > self.begins - 1e-9
+        return bool(self._handles)
 
     def close(self) -> None:
         """Optimizers are as they were, whatever a step came to."""
@@ -102,6 +105,11 @@ class FineTuning:
         if not self._under_way:
             return {}
         return {"slim/finetune_lr": self._rate(self._optimizers[0].param_groups[0], self.rates[0][0])}
+
+    def _begin(self, trainer: Trainer) -> float:
+        """By what is known now; there is one batch in it at least."""
+        last_batch = epochs_in_run(trainer) - 1 / batches_per_epoch(trainer)
+        return max(min(epochs_before_end(self.length, trainer), last_batch), 0.0)
 
     def _lower(self, optimizer: Optimizer, rates: list[float]) -> None:
         if self._under_way:

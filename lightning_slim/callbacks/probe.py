@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
+from lightning_slim.callbacks.looking import looked_at
 from lightning_slim.callbacks.replay import loss_of, refuse_manual, unseen
 from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.capture import capture_calls
@@ -25,7 +26,7 @@ from lightning_slim.flows import Flow, Gradients, LossGradient, whole_gradients
 from lightning_slim.recording import Recorder
 from lightning_slim.scores import Score
 from lightning_slim.surgery import Example
-from lightning_slim.surgery.example import workable
+from lightning_slim.surgery.example import Calls, workable_calls
 from lightning_slim.weight_norm import settle
 
 
@@ -48,11 +49,12 @@ class Probe:
         with unseen(module):
             self.batches = list(_first_batches(trainer, module, batches))
 
-    def calls(self) -> dict[str, Example]:
+    def calls(self) -> Calls:
         """The networks that the training step calls, each with one call."""
         with capture_calls(self.module) as calls:
             self.loss(0)
-        return {name: workable(self.module.get_submodule(name), call) for name, call in calls.items()}
+        seen = looked_at(self.module, calls, self.batches[0], 0)
+        return workable_calls(self.module, seen)
 
     def loss(self, number: int) -> Tensor:
         """The loss of a batch, with its graph; the same each time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +20,7 @@ from lightning_slim.accuracy import AccuracyBudget, Trial, Verdict
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.accuracy_guard import AccuracyGuard
 from lightning_slim.callbacks.base import SlimCallback, metrics_of
-from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run
+from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run, epochs_with_this, is_over, steps_left
 from lightning_slim.callbacks.companions import (
     agree_on_shapes,
     average_again,
@@ -41,7 +42,7 @@ from lightning_slim.callbacks.telling import (
     warn_if_short,
 )
 from lightning_slim.candidates import Granularity
-from lightning_slim.checkpoint import cut_tensors, remember_cut
+from lightning_slim.checkpoint import cut_tensors
 from lightning_slim.folding import Compensate
 from lightning_slim.guards import Guard
 from lightning_slim.history import History, PruningEvent
@@ -80,7 +81,9 @@ class Prune(SlimCallback):
             that it was recorded in.
         recalibrate_bn: whether batch norms measure their running statistics anew in the rest of the epoch after a cut.
         verify: whether every group is tried before the first cut, and every cut before it is made.
-        recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch).
+        recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch); a tenth
+            of the run, where the schedule would not be over otherwise.
+        recovery_steps: so many steps of the optimizer lie between two cuts at least, however short epochs are.
         record_every_n_steps: how often evidence is recorded.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each cut: what was best before was
             best of a larger model. Files of the old best stay on disk.
@@ -105,6 +108,8 @@ class Prune(SlimCallback):
         finetune_lr: in that phase, every step is taken at this factor of the base rate (`max_lr` of a parameter group,
             else `initial_lr`, else its rate when the run began), whatever schedulers say.
     """
+
+    workers = ("_pruner", "_guarding")
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class Prune(SlimCallback):
         rounds: int | None = None,
         finetune: Time = 0.3,
         finetune_lr: float = 0.1,
+        recovery_steps: int = 4,
     ) -> None:
         check_when(when, score, score.flow, probe_batches, rounds)
         if budget.monitored and when == "start":
@@ -143,7 +149,9 @@ class Prune(SlimCallback):
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
-        self.recovery_epochs = recovery_epochs
+        if recovery_steps < 1:
+            raise ValueError(f"Expected `recovery_steps` of at least 1, got {recovery_steps}.")
+        self.recovery_epochs, self.recovery_steps = recovery_epochs, recovery_steps
         self._clock = Clock(recovery_epochs, "recovery_epochs", "units can be removed")
         self.record_every_n_steps = record_every_n_steps
         self.protect_significant = protect_significant
@@ -153,7 +161,7 @@ class Prune(SlimCallback):
         self._tuning = FineTuning(finetune, finetune_lr)
         self._pruner: Pruner | None = None
         self._guarding: AccuracyGuard | None = None
-        self._point = -1  # the last point in time at which a cut was decided on
+        self._point = -math.inf  # the last point in time, in epochs, at which a cut was decided on
         self._gathering = Gathering(labels, record_every_n_steps)
         self._recalibrating = ExitStack()
 
@@ -186,8 +194,10 @@ class Prune(SlimCallback):
         if stage == "fit" and self._guarding is not None and self._pruner is not None:
             self._forget_trial(self._guarding, trainer, pl_module)
         old = self._pruner
-        if old is None or old.model is not pl_module or not old.prepared or not old.in_step:
-            self._point = -1
+        anew = old is None or old.model is not pl_module or not old.prepared or not old.in_step
+        if anew or self.when != "start":
+            self._point = -math.inf  # a fit has a time of its own; what was removed before stays removed, and counts
+        if anew:
             self._gathering.begin_anew()
             if stage == "fit" and cut_tensors(pl_module) and not trainer.ckpt_path:
                 rank_zero_warn("The module was cut before: the budget counts from what is there now.")
@@ -234,12 +244,10 @@ class Prune(SlimCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when == "end":
             self._clock = replace(self._clock, origin=self._tuning.attach(trainer))
-        searches = self._guarding is not None
-        self.pruner.schedule = (
-            OneShot(0.0)
-            if self.when == "start"
-            else self._clock.follow(self.schedule, trainer, to_its_end=not searches)
-        )
+        if self.when == "start":
+            self.pruner.schedule = OneShot(0.0)
+        else:
+            self._clock.check(self.schedule, trainer, to_its_end=self._guarding is None)
 
     # --- train ---
 
@@ -248,7 +256,8 @@ class Prune(SlimCallback):
         self._gathering.close()  # a module that returns -1 from this hook skips the end of the batch
         if undecided(trainer):
             return
-        self._tuning.follow(trainer, batch_idx)
+        if self._tuning.follow(trainer, batch_idx):
+            self._clock = replace(self._clock, origin=self._tuning.begins)
         if self.when == "start":
             self._cut_at_start(trainer, pl_module)
         elif self._guarding is not None:
@@ -269,6 +278,18 @@ class Prune(SlimCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.sanity_checking and not self.pruner.prepared:
+            self._gathering.look_at_validation(pl_module, batch)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if trainer.sanity_checking:
+            self._gathering.stop_looking()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None and not trainer.sanity_checking:
             self._guarding.after_validation(trainer)
@@ -278,8 +299,8 @@ class Prune(SlimCallback):
         if self._guarding is not None:
             self._guarding.after_epoch(trainer)
             # Not later: averages are put into the module when training ends, and checkpoints are saved behind this.
-            if trainer.should_stop or trainer.current_epoch + 1 >= epochs_in_run(trainer) - 1e-9:
-                self._settle(self._guarding, trainer, pl_module, trainer.current_epoch + 1, last=True)
+            if is_over(trainer):
+                self._settle(self._guarding, trainer, pl_module, epochs_with_this(trainer), last=True)
         if self.pruner.prepared:
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars()
@@ -288,7 +309,7 @@ class Prune(SlimCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None:
-            verdict = self._settle(self._guarding, trainer, pl_module, epoch=trainer.current_epoch, last=True)
+            verdict = self._settle(self._guarding, trainer, pl_module, epochs_done(trainer, 0), last=True)
             if verdict == "roll back":
                 average_again(trainer, pl_module, self)
 
@@ -312,7 +333,7 @@ class Prune(SlimCallback):
 
     def _close(self) -> None:
         self._tuning.close()
-        self._gathering.close()
+        self._gathering.finish()
         self._recalibrating.close()
 
     @property
@@ -334,15 +355,34 @@ class Prune(SlimCallback):
         return dense_beside_slim(self.pruner, slim_metrics, dense_metrics)
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        point = self._clock.point(trainer, batch_idx)
-        if point <= self._point or not self.pruner.prepared:
+        self.pruner.schedule = self._clock.follow(self.schedule, trainer)
+        point = self._clock.due(self.pruner.schedule, trainer, batch_idx, self._point)
+        if point is None:
             return
         # The point's own time, not the batch's: a cut that had to wait removes what it would have removed then.
         progress = self._clock.progress(trainer, point)
-        if self.pruner.asks(progress) and not self.pruner.recorder.ready:
+        if not self.pruner.prepared:
+            if self._gathering.refused is not None and self.pruner.schedule(progress) > 0:
+                raise self._gathering.refused
+            return
+        waits = self._recovers(trainer) and (self.pruner.schedule(progress) < 1 or self._has_time(trainer))
+        if self.pruner.asks(progress) and (waits or not self.pruner.recorder.ready):
             return  # it will be, in a few batches
         self._cut(trainer, pl_module, progress)
         self._point = point
+
+    def _recovers(self, trainer: Trainer) -> bool:
+        """Whether the last cut was just before."""
+        return 0 <= self._since_cut(trainer) < self.recovery_steps
+
+    def _has_time(self, trainer: Trainer) -> bool:
+        """Whether the run will not be over before the network has recovered from the last cut."""
+        return steps_left(trainer) > self.recovery_steps - self._since_cut(trainer)
+
+    def _since_cut(self, trainer: Trainer) -> int:
+        """Steps since the last cut; negative if there was none in this fit."""
+        events = self.pruner.history.events
+        return trainer.global_step - events[-1].step if events else -1
 
     def _cut_at_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._point >= 0:
@@ -355,7 +395,7 @@ class Prune(SlimCallback):
         for schedule, progress in in_rounds(self.budget.target(self.pruner.costs), rounds):
             self.pruner.schedule = schedule
             self.pruner.record_anew()
-            probe.record(self.pruner.recorder, self._gathering.step, self.pruner.witnessed, self.pruner.calls)
+            probe.record(self.pruner.recorder, self._gathering.step, self.pruner.witnessed, self.pruner.current_calls())
             self._cut(trainer, pl_module, progress)
         self.pruner.schedule, self._point = OneShot(0.0), 0
 
@@ -363,8 +403,12 @@ class Prune(SlimCallback):
         """Decides on the step that is under trial, and takes the next one."""
         epoch, run = epochs_done(trainer, batch_idx), epochs_in_run(trainer)
         self._settle(guard, trainer, pl_module, epoch)
+        if math.isinf(run):
+            return
+        self.pruner.schedule = self._clock.follow(self.schedule, trainer)
         begun = epoch + 1e-9 >= float(self.pruner.schedule.start) * run
-        if begun and guard.free(run - epoch) and self.pruner.prepared and self.pruner.recorder.ready:
+        ready = self.pruner.prepared and self.pruner.recorder.ready and not self._recovers(trainer)
+        if begun and guard.free(run - epoch) and ready:
             before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
             event = self._cut(trainer, pl_module, epoch / run, guard.search.target)
             guard.begin(trainer, before, None if event is None else event.reached, epoch)
@@ -399,12 +443,12 @@ class Prune(SlimCallback):
     def _cut(
         self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None
     ) -> PruningEvent | None:
+        self.about_to_change(trainer, pl_module)
         event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step, asked)
         if event is not None and self.pruner.last_change is not None:
             if self.recalibrate_bn and self.when != "start":  # no batch norm has measured anything by then
                 self._recalibrating.close()
                 self._recalibrating.enter_context(recalibrating(pl_module))
-            remember_cut(pl_module, self.pruner.cut_tensors)
             agree_on_shapes(trainer.strategy, pl_module)
             tell(trainer, pl_module, self.pruner.last_change)
             if self.reset_monitors:

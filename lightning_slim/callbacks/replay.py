@@ -49,6 +49,12 @@ def loss_of(module: LightningModule, batch: Any, batch_idx: int) -> Any:
     return step["loss"] if isinstance(step, dict) else step
 
 
+def validation_of(module: LightningModule, batch: Any) -> Any:
+    """What the validation step returns for a first batch."""
+    takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+    return module.validation_step(batch, 0) if takes_index else module.validation_step(batch)
+
+
 @contextmanager
 def unseen(module: LightningModule) -> Iterator[None]:
     """What is logged goes nowhere; metrics, buffers, random numbers and what the module collects are put back."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.companions import averages, cut_part, monitors, tell
-from lightning_slim.checkpoint import cut_tensors, fit_to, remember_cut, sign
+from lightning_slim.checkpoint import cut_tensors, load_state, remember_cut, state_of
 
 
 def take_snapshot(trainer: Trainer, pl_module: LightningModule, owner: Callback) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def take_snapshot(trainer: Trainer, pl_module: LightningModule, owner: Callback)
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     return copy.deepcopy(
         {
-            "module": _model_state(pl_module, pl_module),
-            "averages": [_model_state(average, cut_part(average)) for average in averages(trainer)],
+            "module": state_of(pl_module, pl_module),
+            "averages": [state_of(average, cut_part(average)) for average in averages(trainer)],
             "optimizers": [_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
             "schedulers": [
                 (type(config.scheduler).__name__, config.scheduler.state_dict())
@@ -66,32 +66,15 @@ def roll_back(trainer: Trainer, pl_module: LightningModule, owner: Callback, sna
 def load_models(trainer: Trainer, pl_module: LightningModule, snapshot: Mapping[str, Any]) -> None:
     """Gives the module and its averages the structure and the weights that they had."""
     cut = cut_tensors(pl_module)
-    _load_model(pl_module, pl_module, snapshot["module"])
+    load_state(pl_module, pl_module, snapshot["module"])
     for average, state in zip(averages(trainer), snapshot["averages"], strict=False):  # another fit may have none
         remember_cut(cut_part(average), cut)
-        _load_model(average, cut_part(average), state)
+        load_state(average, cut_part(average), state)
 
 
 def _others(trainer: Trainer, owner: Callback) -> list[SlimCallback]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SlimCallback) and callback is not owner]
-
-
-def _model_state(model: nn.Module, cut: nn.Module) -> dict[str, Any]:
-    """Of a model of which `cut` is the part that is cut: all of it, or what an average wraps."""
-    saved = cut.state_dict()
-    unsaved = {name: buffer for name, buffer in cut.named_buffers() if name not in saved}
-    state: dict[str, Any] = {"whole": model.state_dict(), "state_dict": saved, "unsaved": unsaved}
-    sign(cut, state)
-    return state
-
-
-def _load_model(model: nn.Module, cut: nn.Module, state: dict[str, Any]) -> None:
-    fit_to(cut, state)
-    model.load_state_dict(state["whole"])
-    buffers = dict(cut.named_buffers())
-    for name, value in state["unsaved"].items():
-        buffers[name].copy_(value)
 
 
 def _optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.clock import epochs_done, epochs_in_run, in_fractions
+from lightning_slim.callbacks.clock import epochs_done, epochs_in_run, in_fractions, is_certain
 from lightning_slim.callbacks.companions import undecided
+from lightning_slim.callbacks.looking import looked_at
 from lightning_slim.capture import capture_calls
 from lightning_slim.penalties import Penalty
+from lightning_slim.pruner import NoEffectWarning
 from lightning_slim.regularizer import Regularizer, as_proximal
 from lightning_slim.schedules import Linear, Schedule
 from lightning_slim.skipping import Skip
@@ -50,6 +52,8 @@ class SparsityRegularization(SlimCallback):
         verify: whether every group is tried first, so that only units are pulled that can be removed.
     """
 
+    workers = ("_regularizer",)
+
     def __init__(
         self,
         penalty: Penalty,
@@ -65,7 +69,6 @@ class SparsityRegularization(SlimCallback):
         if proximal:
             as_proximal(penalty)
         self.penalty, self.strength, self.schedule, self.proximal = penalty, strength, schedule, proximal
-        self._course = schedule  # with all times as fractions of the run, once that has a length
         self.module, self.skip, self.verify = module, skip, verify
         self._regularizer: Regularizer | None = None
         self._now = 0.0  # strength in this batch
@@ -85,12 +88,7 @@ class SparsityRegularization(SlimCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self._regularizer is None or self._regularizer.model is not pl_module:
-            try:
-                self._regularizer = Regularizer(
-                    pl_module, self.penalty, module=self.module, skip=self.skip, verify=self.verify
-                )
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
+            self._regularizer = Regularizer(pl_module, self.penalty, verify=self.verify)
 
     def state_dict(self) -> dict[str, Any]:
         return self.regularizer.state_dict() if self._regularizer is not None else {}
@@ -100,10 +98,15 @@ class SparsityRegularization(SlimCallback):
             self.regularizer.load_state_dict(state_dict)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:  # not before: `configure_model` may make layers
+            self.regularizer.confine(self.module, self.skip)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         self.regularizer.agree = partial(trainer.strategy.broadcast, src=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._course = in_fractions(self.schedule, trainer)
+        if is_certain(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            in_fractions(self.schedule, trainer)
         self._shrinking.close()
         if self.proximal:
             for optimizer in trainer.optimizers:
@@ -120,7 +123,7 @@ class SparsityRegularization(SlimCallback):
         if not self.regularizer.prepared and not undecided(trainer):
             self._calls = self._watching.enter_context(capture_calls(pl_module))
         progress = epochs_done(trainer, batch_idx) / epochs_in_run(trainer)
-        self._now = self.strength * self._course(min(progress, 1.0))
+        self._now = self.strength * in_fractions(self.schedule, trainer, latest=1.0)(min(progress, 1.0))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Gradients are whole and unscaled here, and not clipped yet.
@@ -137,7 +140,13 @@ class SparsityRegularization(SlimCallback):
         self._watching.close()
         calls, self._calls = self._calls, {}
         if calls:
-            self.regularizer.prepare(calls)
+            self.regularizer.prepare(looked_at(pl_module, calls, batch, batch_idx))
+            if not self.regularizer.groups:
+                rank_zero_warn(
+                    f"{type(self.penalty).__name__} pulls nothing: all units that it could pull are skipped, or are "
+                    "read by layers that are.",
+                    category=NoEffectWarning,
+                )
             groups = ", ".join(f"{group.name} ({group.size})" for group in self.regularizer.groups)
             rank_zero_info(f"slim: {type(self.penalty).__name__} pulls units of {groups}")
 

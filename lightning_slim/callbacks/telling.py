@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_slim.history import PruningEvent
 from lightning_slim.pruner import NoEffectWarning, Pruner
-from lightning_slim.report import Report, report
+from lightning_slim.report import Report, batch_sizes, report, size_in_words
 from lightning_slim.surgery import dropped, grow_back, resize_to
 from lightning_slim.weight_norm import settle
 
@@ -22,6 +22,9 @@ def announce(pruner: Pruner) -> None:
     if pruner.selection.round_to == "auto":
         steps = ", ".join(f"{name} {step}" for name, step in costs.steps.items())
         rank_zero_info(f"slim: widths will be multiples of what suits this machine: {steps}")
+    if timed := pruner.timed_calls()[0]:
+        took = costs.milliseconds(costs.original)
+        rank_zero_info(f"slim: latency before any cut: {took:.3f} ms ({size_in_words(batch_sizes(timed))})")
     for layer, reason in pruner.left_whole.items():
         rank_zero_info(f"slim: {layer} stays whole: {reason}")
 
@@ -65,8 +68,7 @@ def warn_if_short(pruner: Pruner) -> None:
     if left > target + 1e-9 and not pruner.open_ended:
         why = "the run stopped before the schedule ended" if pruner.recorder.ready else "nothing was recorded"
         rank_zero_warn(
-            f"Pruning is not finished: {left:.1%} remains, {target:.1%} was asked for. Perhaps "
-            f"{why}, or steps were counted for each of several optimizers (give `max_epochs` then).",
+            f"Pruning is not finished: {left:.1%} remains, {target:.1%} was asked for. Perhaps {why}.",
             category=NoEffectWarning,
         )
 
@@ -84,7 +86,9 @@ def dense_beside_slim(
     return report(
         dense,
         slim,
-        networks=pruner.calls,
+        networks=pruner.original_calls(),
+        slim_networks=pruner.current_calls(),
+        timed=pruner.timed_calls(),
         dense_metrics=dense_metrics,
         slim_metrics=slim_metrics,
         left_whole=pruner.left_whole,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -41,7 +42,8 @@ class WeightPrune(SlimCallback):
         score: how much each weight matters.
         distribution: how the zeros are shared out among layers: `Uniform()`, `ErdosRenyiKernel()`, `Global()`.
         schedule: how much of the removal is done by which fraction of the run.
-        update_every: epochs of training between two updates of the masks, fractions allowed (0.25: four an epoch).
+        update_every: epochs of training between two updates of the masks, fractions allowed (0.25: four an epoch); a
+            tenth of the run, where the schedule would not be over otherwise.
         module: dotted name of the only part of the model that is masked, such as `"backbone"`; all of it if empty.
         skip: what stays dense: names of layers, patterns such as `"net.encoder.*"`, types or their names.
         mask_last: whether the last layers are masked, too.
@@ -61,6 +63,8 @@ class WeightPrune(SlimCallback):
         finetune_lr: in that phase, every step is taken at this factor of the base rate (`max_lr` of a parameter group,
             else `initial_lr`, else its rate when the run began), whatever schedulers say.
     """
+
+    workers = ("_masker",)
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class WeightPrune(SlimCallback):
         self._tuning = FineTuning(finetune, finetune_lr)
         self.labels, self.record_every_n_steps = labels, record_every_n_steps
         self._masker: Masker | None = None
-        self._point = -1  # the last point in time at which an update was decided on
+        self._point = -math.inf  # the last point in time, in epochs, at which an update was decided on
         self._finding = True  # what is last, in the first batch
         self._copies_behind = False  # after a cut of the structure
         self._batches = 0
@@ -123,9 +127,12 @@ class WeightPrune(SlimCallback):
         super().setup(trainer, pl_module, stage)
         self._tuning.rates = []
         old = self._masker
-        if old is None or old.model is not pl_module or not old.in_step:
-            self._point, self._finding, self._copies_behind = -1, True, False
-            self._batches = self._waited = 0
+        anew = old is None or old.model is not pl_module or not old.in_step
+        self._finding, self._waited = anew, 0
+        if anew or self.when != "start":
+            self._point = -math.inf  # a fit has a time of its own; what is masked stays masked
+        if anew:
+            self._copies_behind, self._batches = False, 0
             self._masker = Masker(
                 pl_module,
                 self.sparsity,
@@ -157,7 +164,10 @@ class WeightPrune(SlimCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when == "end":
             self._clock = replace(self._clock, origin=self._tuning.attach(trainer))
-        self.masker.schedule = OneShot(0.0) if self.when == "start" else self._clock.follow(self.schedule, trainer)
+        if self.when == "start":
+            self.masker.schedule = OneShot(0.0)
+        else:
+            self._clock.check(self.schedule, trainer)
         if not self._finding:
             self.masker.attach(trainer.optimizers)
             self.masker.apply(pl_module)
@@ -168,7 +178,10 @@ class WeightPrune(SlimCallback):
         self._stop_recording()  # a module that returns -1 from this hook skips the end of the batch
         if self.when == "start":
             self._mask_at_start(trainer, pl_module)
-        self._tuning.follow(trainer, batch_idx)
+        if self._tuning.follow(trainer, batch_idx):
+            self._clock = replace(self._clock, origin=self._tuning.begins)
+        if self.when != "start":
+            self.masker.schedule = self._clock.follow(self.schedule, trainer)
         if not self._finding and self._goes_on:
             self._update_if_due(trainer, batch_idx)
             due = self._batches % self.record_every_n_steps == 0
@@ -183,8 +196,8 @@ class WeightPrune(SlimCallback):
         return self.when != "start" or self.regrow is not None
 
     def _update_if_due(self, trainer: Trainer, batch_idx: int) -> None:
-        point = self._clock.point(trainer, batch_idx)
-        if point <= self._point:
+        point = self._clock.due(self.masker.schedule, trainer, batch_idx, self._point)
+        if point is None:
             return
         progress = self._clock.progress(trainer, point)
         if self.masker.schedule(progress) > 0 and not self.masker.agree(self.masker.ready):
@@ -240,7 +253,8 @@ class WeightPrune(SlimCallback):
         self.masker.detach()
         if trainer.fast_dev_run or not self.masker.prepared or self.when == "start":  # type: ignore[attr-defined]
             return
-        if float(self.masker.schedule.end) > self._clock.progress(trainer, self._point) + 1e-9:
+        finished = bool(self.events) and self.events[-1].asked >= self.sparsity
+        if not finished and float(self.masker.schedule.end) > self._clock.progress(trainer, self._point) + 1e-9:
             rank_zero_warn(
                 f"Masking is not finished: {self.masker.reached:.1%} of the weights are zero, {self.sparsity:.1%} was "
                 "asked for. The run stopped before the schedule ended.",
@@ -270,6 +284,7 @@ class WeightPrune(SlimCallback):
         self.masker.attach(trainer.optimizers)
 
     def _update(self, trainer: Trainer, progress: float) -> None:
+        self.about_to_change(trainer, trainer.lightning_module)
         event = self.masker.update(progress, trainer.optimizers, copies(trainer), trainer.global_step)
         if event is not None:
             if self.reset_monitors:

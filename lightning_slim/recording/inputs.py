@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_slim.aside import is_aside
 from lightning_slim.eager import hooked
 from lightning_slim.surgery.layers.conv import is_depthwise
 from lightning_slim.surgery.layers.multihead import module_by_module
@@ -165,7 +166,7 @@ class InputRecorder:
         self, path: str, modes: tuple[bool, bool], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """A forward pre-hook: adds what the weights of a layer are going to read."""
-        if (layer.training, torch.is_grad_enabled()) != modes:
+        if is_aside() or (layer.training, torch.is_grad_enabled()) != modes:
             return
         with torch.inference_mode(False), torch.no_grad():
             for leaf, parts in _read_by(layer, args, kwargs).items():

@@ -188,8 +188,9 @@ class Recorder:
     @torch.no_grad()
     def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
         """Adds what one reader was given to the moments."""
+        inputs = inputs.detach().as_subclass(Tensor)  # batches may be of a kind of tensor that cannot be copied
         if self.gathered:
-            arrived = items_at(inputs.detach(), reader, self._width(reader))
+            arrived = items_at(inputs, reader, self._width(reader))
             for witness in self.gathered:
                 held = _Held(witness, name, slot, witness.hold(arrived))
                 if witness.known is None:
@@ -203,10 +204,10 @@ class Recorder:
         if reader.patches:
             taps = self.model.get_parameter(reader.span.tensor).shape[2:].numel()
             enough = _enough(reader.span.index.numel() * taps)
-            table = patches(self.model.get_submodule(reader.layer), inputs.detach(), reader.span.index, enough)
+            table = patches(self.model.get_submodule(reader.layer), inputs, reader.span.index, enough)
         else:
             lags = self.lags if moments is None else len(moments.total) // units - 1
-            everything = rows_at(inputs.detach(), reader, self._width(reader), lags, skip_short=moments is not None)
+            everything = rows_at(inputs, reader, self._width(reader), lags, skip_short=moments is not None)
             if everything is None:
                 return
             table = thinned(everything, _enough(everything.shape[1] * everything.shape[2]))

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_slim.surgery.blocks import Dropped, drop, put_back
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.layers.attention import WIDTH
+from lightning_slim.surgery.layers.norm import norms_of_any_width
 from lightning_slim.surgery.selecting import follow_width, select, selection_of
 from lightning_slim.units import Plan, UnitGroup, named_tensors, renumber
 from lightning_slim.weight_norm import weight_norm_of, weight_norms
@@ -102,6 +103,7 @@ def remove_units(model: nn.Module, groups: Iterable[UnitGroup], plan: Mapping[st
             for layer, axis in {reader.layer: reader.axis for reader in group.readers}.items():
                 select(model.get_submodule(layer), axis, plan[name])
     _replace(model, {id(cut.old): cut.new for cut in cuts if cut.new is not None})
+    norms_of_any_width(model)
     return cuts
 
 
@@ -112,6 +114,7 @@ def restore(model: nn.Module, cuts: Sequence[Cut]) -> None:
         if isinstance(module, Dropped) and any(id(p) in gone for p in module.block.parameters()):
             put_back(model, path)
     _replace(model, {id(cut.new): cut.old for cut in cuts if cut.new is not None})
+    norms_of_any_width(model, -1)
 
 
 def forget_blocks(model: nn.Module) -> None:
@@ -145,6 +148,8 @@ def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
         n: t for n, t in tensors.items() if n in shapes and not is_lazy(t) and tuple(t.shape) != tuple(shapes[n])
     }
     _replace(model, {id(t): _like(t, t.new_zeros(tuple(shapes[n]))) for n, t in changed.items()})
+    if changed:
+        norms_of_any_width(model)
 
 
 def _positions_kept(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_slim.aside import aside
 from lightning_slim.eager import eagerly
 from lightning_slim.weight_norm import settle
 
@@ -24,11 +26,72 @@ class Example(NamedTuple):
         args: positional arguments.
         kwargs: keyword arguments.
         samples: how many samples of a batch are in it, if that is known; MACs are counted for one.
+        also: other calls of the same network, that go other ways: another task, a validation step.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = {}
     samples: int = 1
+    also: tuple[Example, ...] = ()
+
+    @property
+    def each(self) -> tuple[Example, ...]:
+        """All calls."""
+        return (self, *self.also)
+
+
+class Step(Protocol):
+    """A step of training, taken once more and without a trace, in whatever widths and modes the model is."""
+
+    def __call__(self) -> list[Tensor]:
+        """What its networks return, and the loss."""
+
+    def calls(self) -> Mapping[str, Example]:
+        """What it calls the networks with."""
+
+
+class Calls(dict[str, Example]):
+    """Dotted name of a network -> one call of it.
+
+    Attributes:
+        step: calls them all; needed where one of them is called with what another one makes. None: they stand alone.
+    """
+
+    def __init__(self, calls: Mapping[str, Example] = MappingProxyType({}), step: Step | None = None) -> None:
+        super().__init__(calls)
+        self.step = step
+
+
+def step_of(calls: Mapping[str, Example]) -> Step | None:
+    """What makes some calls, if one network is called with what another one makes."""
+    return calls.step if isinstance(calls, Calls) else None
+
+
+Shapes = list[list[int]]  # of the tensors in a call
+
+
+def shapes_of(call: Example) -> Shapes:
+    """Shapes of the tensors in a call, in the order in which they lie there."""
+    return [list(leaf.shape) for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor)]
+
+
+def resized(call: Example, before: Shapes, after: Shapes) -> Example:
+    """A call, narrowed, or widened by zeros, along those axes along which another call of the same network was."""
+    sizes = iter(zip(before, after, strict=True))
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for axis, (old, new) in enumerate(zip(*next(sizes), strict=True)):
+            if new < old:
+                leaf = leaf.narrow(axis, 0, new)
+            elif new > old:
+                shape = [*leaf.shape[:axis], new - old, *leaf.shape[axis + 1 :]]
+                leaf = torch.cat([leaf, leaf.new_zeros(shape)], axis)
+        return leaf
+
+    args, kwargs = tree_map(fit, (call.args, dict(call.kwargs)))
+    return call._replace(args=args, kwargs=kwargs, also=())
 
 
 def as_example(inputs: Any) -> Example:
@@ -40,7 +103,23 @@ def as_example(inputs: Any) -> Example:
     return Example(tuple(inputs)) if isinstance(inputs, tuple | list) else Example((inputs,))
 
 
+def whole(leaf: Any) -> Any:
+    """A copy of a tensor, without its history; anything else is the same."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def workable_calls(model: nn.Module, calls: Mapping[str, Any]) -> Calls:
+    """Calls of a model's networks, or example inputs of these, as `workable` makes them."""
+    few = {name: workable(model.get_submodule(name), as_example(call)) for name, call in calls.items()}
+    return Calls(few, step_of(calls))
+
+
 def workable(network: nn.Module, call: Example) -> Example:
+    """A call, and all that are known beside it, cut down to two samples, and of the network's own floating type."""
+    return _workable(network, call)._replace(also=tuple(_workable(network, other) for other in call.also))
+
+
+def _workable(network: nn.Module, call: Example) -> Example:
     """A call cut down to two samples, if the network takes it so, of the network's own floating type.
 
     Where the first axis is not the batch everywhere (attention masks, graphs, a single image), the whole call is kept.
@@ -67,7 +146,7 @@ def workable(network: nn.Module, call: Example) -> Example:
 
     args, kwargs = tree_map(shrink, (args, kwargs))
     small = Example(args, kwargs, SAMPLES)
-    with untouched(network), torch.no_grad():
+    with untouched(network):
         try:
             network(*small.args, **small.kwargs)
         except Exception:  # whatever a user's forward raises: the whole call, which it took in training, remains
@@ -84,6 +163,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with (
+            aside(),
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -1,37 +1,28 @@
-"""Turns coupled channels into groups of units: which entries of which tensors each unit owns."""
+"""Turns positions that hang together into groups of units: which entries of which tensors each unit owns."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_slim.surgery.example import Example, as_example
-from lightning_slim.surgery.graph import Component, find_coupling
-from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
-from lightning_slim.surgery.layers.embedding import Embedding
-from lightning_slim.surgery.ties import Site, half_tied, join_tied
-from lightning_slim.surgery.tracing import UntraceableError
-from lightning_slim.units import MIN_UNITS, Reader, Role, Span, UnitGroup
-from lightning_slim.weight_norm import layer_of, obstacle, weight_norm_of
+from lightning_slim.surgery.example import Example, as_example, step_of
+from lightning_slim.surgery.layers import Place, layer_kind
+from lightning_slim.surgery.layers.attention import Attention
+from lightning_slim.surgery.operations.observe import Component, Observation, Run, observe
+from lightning_slim.surgery.operations.observe import Place as Held
+from lightning_slim.surgery.sites import FEW, ROLES, Site, Survey, join, makes_channels, parts, reader, sites, stored
+from lightning_slim.surgery.ties import half_tied
+from lightning_slim.surgery.traced import survey_traced
+from lightning_slim.units import MIN_UNITS, Role, Span, UnitGroup
+from lightning_slim.weight_norm import layer_of, obstacle
 
-
-@dataclass
-class Survey:
-    """What can be removed from a network, and what is left whole.
-
-    Attributes:
-        groups: the units.
-        left_whole: layer name -> why its channels stay.
-    """
-
-    groups: list[UnitGroup] = field(default_factory=list)
-    left_whole: dict[str, str] = field(default_factory=dict)
+TEACHER = "it is frozen and teaches others, or runs without gradients"
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> list[UnitGroup]:
@@ -51,128 +42,477 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[UnitGroup]:
     return survey(model, example_inputs).groups
 
 
-def survey(model: nn.Module, example_inputs: Any, prefix: str = "") -> Survey:
-    """`find_groups`, and the reasons why the other layers stay whole.
+def survey(model: nn.Module, example_inputs: Any) -> Survey:
+    """`find_groups`, and the reasons why the other layers stay whole."""
+    return survey_networks(model, {"": as_example(example_inputs)})
+
+
+def survey_networks(
+    model: nn.Module, calls: Mapping[str, Example], waits_for: Callable[[str], bool] = lambda name: True
+) -> Survey:
+    """The same, of several networks of one model.
 
     Args:
-        model: the network to trace.
-        example_inputs: see `find_groups`.
-        prefix: put before every name, where `model` is a submodule of the module that will be cut.
+        model: the module that will be cut.
+        calls: its networks, each with one call.
+        waits_for: whether a layer that these calls do not reach keeps whole what it may read.
     """
-    result = Survey()
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     try:
-        coupling = find_coupling(model, as_example(example_inputs))
-    except UntraceableError as error:
-        result.left_whole[prefix.rstrip(".") or type(model).__name__] = str(error)
-        return result
-    network = _Network(model)
-    units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
-    for component in join_tied(model, coupling.components, network.places):
-        name, reason = _why_not(network, component)
-        if reason:
-            result.left_whole.setdefault(prefix + name, reason)
-        elif name:
-            unit = _Unit.of(network, name, component)
-            units[name, unit.form].append(unit)
-    for name, form in sorted(units, key=lambda key: network.order[key[0]]):
-        _gather(model, name, units[name, form], coupling.normalised_by, prefix, result)
-    for name in network.order:
-        _add_inner(network, name, prefix, result)
-        _add_cells(network, name, prefix, result)
-    return result
+        seen = observe(model, list(_runs(model, calls)), list(calls))
+    except Exception:  # whatever a network raises, perhaps only while its operations are recorded
+        return survey_traced(model, calls)
+    return _Finder(model, seen, frozen, waits_for).find()
 
 
-def survey_networks(model: nn.Module, calls: Mapping[str, Example]) -> Survey:
-    """Surveys several networks of one model; what is also called on its own is found there, and only there."""
-    result = Survey()
-    for root, call in calls.items():
-        nested = [other for other in calls if other != root and (not root or other.startswith(f"{root}."))]
-        prefix = f"{root}." if root else ""
-        found = survey(model.get_submodule(root), call, prefix)
-        result.left_whole.update(found.left_whole)
-        reasons = {group.name: _not_here(model, group, nested) for group in found.groups}
-        packs = {group.pack: reasons[group.name] for group in found.groups if group.pack and reasons[group.name]}
-        for group in found.groups:
-            reason = reasons[group.name] or packs.get(group.pack, "")
-            if reason:
-                result.left_whole[group.name] = reason
-            else:
-                result.groups.append(group)
-    return result
+def _runs(model: nn.Module, calls: Mapping[str, Example]) -> Iterator[Run]:
+    """All calls, in eval mode and in train mode."""
+    modes = {module: module.training or not model.training for module in model.modules()}
+    step = step_of(calls)
+
+    def run(make: Callable[[], Any], training: bool) -> Any:
+        for module, trains in modes.items():
+            module.training = trains and training
+        return make()
+
+    for training in (False, True):
+        if step is not None:
+            yield partial(run, step, training)
+        for name, call in calls.items() if step is None else ():
+            for each in call.each:
+                yield partial(run, partial(model.get_submodule(name), *each.args, **each.kwargs), training)
 
 
-def _not_here(model: nn.Module, group: UnitGroup, nested: Sequence[str]) -> str:
-    """Why a group of one network of a model cannot be cut; empty if it can."""
-    if any(layer == other or layer.startswith(f"{other}.") for layer in group.layers for other in nested):
-        return "it lies in a network that is also called on its own"
-    return half_tied(model, group.spans)
+class _Finder:
+    """Makes groups of what was observed.
 
+    Args:
+        model: the module that will be cut.
+        seen: of it.
+        frozen: names of the parameters that do not train.
+        waits_for: whether a layer that was not reached keeps whole what it may read.
+    """
 
-class _Network:
-    """A model, and what is asked of its layers for every channel."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, seen: Observation, frozen: set[str], waits_for: Callable[[str], bool]) -> None:
+        self.model, self.seen, self.frozen, self.waits_for = model, seen, frozen, waits_for
         self.modules = dict(model.named_modules())
         self.order = {name: i for i, name in enumerate(self.modules)}
-        self._kinds: dict[str, LayerKind | None] = {}
-        self._strange: dict[str, str] = {}
-        self._places: dict[tuple[str, Role], list[tuple[Site, list[int]]]] = {}
+        self.normalised_by = {layer_of(name): layer_of(norm) for name, norm in seen.normalised_by.items()}
+        self.claimed: dict[tuple[str, int], set[int]] = {}
+        self.result = Survey()
+        self._sites: dict[str, tuple[set[tuple[str, int]], set[tuple[str, int]]]] = {}
 
-    def kind(self, layer: str) -> LayerKind | None:
-        """The kind that speaks for a layer."""
-        if layer not in self._kinds:
-            self._kinds[layer] = layer_kind(self.modules[layer])
-        return self._kinds[layer]
+    def find(self) -> Survey:
+        """All groups, and the reasons of what stays whole."""
+        heads = [group for name in self.order for group in self._heads(name)]
+        cells = [group for name in self.order for group in self._cells(name)]
+        units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
+        forms: dict[tuple[Any, ...], _Form] = {}
+        for component in self.seen.components:
+            if not self._is_claimed(component):
+                key = tuple((id(place.axis), place.made, place.read) for place in component.places)
+                if key not in forms:
+                    forms[key] = self._form(component)
+                form = forms[key]
+                reason = form.obstacle or component.fixed
+                if reason:
+                    self.result.left_whole.setdefault(form.name, reason)
+                else:
+                    unit = form.unit(component)
+                    units[form.name, unit.form].append(unit)
+        for form_of in sorted(units, key=lambda form: (self.order.get(self._layer(form[0]), 0), form[0])):
+            self._gather(form_of[0], units[form_of])
+        self.result.groups += heads
+        for grid in self.seen.parts:
+            self._keep_in_step(grid)
+        for name in self.order:
+            self._pack(name)
+        self.result.groups += cells
+        self._name_single()
+        self._leave_teachers()
+        self._protect_unreached()
+        for group in self.result.groups:  # what stays of its layer is of another axis, as the tokens of an embedding
+            self.result.left_whole.pop(group.name, None)
+        return self.result
 
-    def places(self, layer: str, role: Role) -> list[tuple[Site, list[int]]]:
-        """Where the channels of one side of a layer live: the site, and the position of every channel there."""
-        if (layer, role) not in self._places:
-            kind, module = self.kind(layer), self.modules[layer]
-            places = kind.places(module, role) if kind is not None else ()
-            self._places[layer, role] = [
-                ((_join(layer, tensor), place.axis, own), place.index.tolist())
-                for place in places
-                for tensor, own in _stored(module, place, place.role or role)
-            ]
-        return self._places[layer, role]
+    # --- components ---
 
-    def strange(self, layer: str) -> str:
-        """Why a layer cannot be cut; empty if it can."""
-        if layer not in self._strange:
-            module = self.modules[layer]
-            reason = ""
-            if self.kind(layer) is None:
-                reason = f"it meets {layer}, and {type(module).__name__} is not understood"
+    def _layer(self, name: str) -> str:
+        """The layer that a group is named after: the name may be that of a level of it, or of a bare tensor."""
+        while name and name not in self.modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    def _is_claimed(self, component: Component) -> bool:
+        if not self.claimed:
+            return False
+        places = ((self.claimed.get((place.axis.names[0], place.axis.number)), place) for place in component.places)
+        return any(claimed is not None and not claimed.isdisjoint(place.at) for claimed, place in places)
+
+    def _form(self, component: Component) -> _Form:
+        name = self._name(component)
+        layer, made = self._layer(name), [i for i, place in enumerate(component.places) if place.made]
+        sites = [
+            [(tensor, place.axis.number, self._role(tensor, place)) for tensor in place.axis.names]
+            for place in component.places
+        ]
+        own = [i for i in made if layer in map(layer_of, component.places[i].axis.names)]
+        makers = [i for i in made if not self._recurs(component.places[i].axis.names[0])]
+        return _Form(name, self._obstacle(component), sites, makers, own[0] if own else 0)
+
+    def _name(self, component: Component) -> str:
+        """After the first layer that makes it, or the tensor."""
+        made = [(layer_of(name), place, name) for place in component.places if place.made for name in place.axis.names]
+        proper = [each for each in made if makes_channels(self.modules.get(each[0]))] or made
+        layer, _, tensor = min(proper, key=lambda each: self.order.get(each[0], len(self.order)))
+        module = self.modules.get(layer)
+        if isinstance(module, nn.RNNBase):
+            leaf = tensor.removeprefix(f"{layer}.").removeprefix("weight_").removeprefix("bias_")
+            level = leaf.partition("_")[2]
+            if int(level.removeprefix("l").partition("_")[0]) < module.num_layers - 1:
+                return f"{layer}.{level}".lstrip(".")
+        return tensor if module is None or layer_kind(module) is None else layer
+
+    def _obstacle(self, component: Component) -> str:
+        """Why a component's tensors cannot be cut as they are stored; empty if they can."""
+        layers = dict.fromkeys(layer_of(name) for place in component.places for name in place.axis.names)
+        for layer in layers:
+            around = (layer, layer.rpartition(".")[0])
+            if any(
+                isinstance(m := self.modules.get(each), nn.MultiheadAttention) and not layer_kind(m) for each in around
+            ):
+                return (
+                    f"{layer} is of attention whose keys or values have a width of their own, which is not understood"
+                )
+        reasons = ((layer, obstacle(self.modules[layer])) for layer in layers if layer in self.modules)
+        return next((f"{layer} {why}" for layer, why in reasons if why), "")
+
+    def _role(self, tensor: str, place: Held) -> Role:
+        out, read = self._sides(layer_of(tensor))
+        site = (tensor, place.axis.number)
+        if site in out or site in read:
+            return "out" if site in out else "in"
+        return "in" if place.read and not place.made else "out"
+
+    def _sides(self, layer: str) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+        """(tensor, axis) of what a layer makes, and of what it reads."""
+        if layer not in self._sites:
+            module = self.modules.get(layer)
+            sides = (sites(layer, module, role) for role in ROLES)
+            made, read = (
+                {(name, axis) for name, axis, own in side if own == role}
+                for side, role in zip(sides, ROLES, strict=True)
+            )
+            self._sites[layer] = made, read
+        return self._sites[layer]
+
+    def _recurs(self, tensor: str) -> bool:
+        return isinstance(self.modules.get(layer_of(tensor)), nn.RNNBase | nn.RNNCellBase)
+
+    def _gather(self, name: str, members: list[_Unit]) -> None:
+        """Makes one group of units of one form, or says why not."""
+        members = sorted(members, key=lambda unit: unit.order)
+        first = members[0]
+        spans = {
+            site: Span(site[0], site[1], torch.tensor([unit.places[site] for unit in members]), site[2])
+            for site in first.places
+        }
+        reason = half_tied(self.model, spans.values())
+        if reason or len(members) <= MIN_UNITS:
+            self.result.left_whole.setdefault(name, reason or FEW.format(len(members), MIN_UNITS))
+            return
+        # Several positions that a layer makes are variables of their own to whom reads them; several positions of one
+        # channel, as behind a flatten, are repetitions.
+        readers = tuple(
+            reader(self.model, span, self.normalised_by, joint=len(first.places[site]) in first.made - {1})
+            for site, span in spans.items()
+            if self._is_read_by_layer(span)
+        )
+        taken = sum(group.name.split("#")[0] == name for group in self.result.groups)
+        unique = f"{name}#{taken + 1}" if taken else name
+        self.result.groups.append(UnitGroup(unique, tuple(spans.values()), readers))
+
+    def _keep_in_step(self, grid: Tensor) -> None:
+        """Parts of a layer's output that are split off by their number must stay equal parts."""
+        rows = [self.seen.places(row) for row in grid]
+        holders = []
+        for row in rows:
+            mine = [g for g in self.result.groups if any(self._holds(g, place) for place in row)]
+            holders.append(mine)
+        names = {group.name for mine in holders for group in mine}
+        if len(names) < 2:
+            return
+        sizes = {group.size for mine in holders for group in mine}
+        fits = all(len(mine) == 1 for mine in holders) and len(sizes) == 1 and len(names) == len(holders)
+        packs = {group.pack for mine in holders for group in mine} - {""}
+        for i, group in enumerate(self.result.groups):
+            if fits and (group.name in names or group.pack in packs):
+                self.result.groups[i] = replace(group, pack=min(packs, default=holders[0][0].name))
+        if not fits:
+            self.result.groups = [group for group in self.result.groups if group.name not in names]
+            reason = "it is split into equal parts, and not all of them can be cut"
+            self.result.left_whole |= dict.fromkeys(names, reason)
+
+    @staticmethod
+    def _holds(group: UnitGroup, place: tuple[str, int, int]) -> bool:
+        tensor, axis, position = place
+        return any(s.tensor == tensor and s.axis == axis and bool((s.index == position).any()) for s in group.spans)
+
+    def _is_read_by_layer(self, span: Span) -> bool:
+        """Whether a module reads it that takes the units along the channel axis of its first argument."""
+        layer = layer_of(span.tensor)
+        module = self.modules.get(layer)
+        kind = layer_kind(module) if module is not None else None
+        if span.role != "in" or kind is None or kind.channel_axis is None:
+            return False
+        recurs = isinstance(module, nn.RNNBase) and ".weight_hr" not in f".{span.tensor}"
+        return recurs or (span.tensor, span.axis) in self._sides(layer)[1]
+
+    # --- what kinds of layers know ---
+
+    def _heads(self, name: str) -> Iterator[UnitGroup]:
+        """Whole heads of attention; whatever else goes through these is no unit of its own."""
+        kind, module = layer_kind(self.modules[name]), self.modules[name]
+        if kind is None or isinstance(module, nn.RNNBase):
+            return
+        for inner, places in kind.inner(module):
+            sites = self._reached(name, places)
+            if not sites:
+                continue
+            group = self._inner_group(name, inner, sites)
+            few = FEW.format(group.size, MIN_UNITS) if group.size <= MIN_UNITS else ""
+            reason = half_tied(self.model, group.spans) or few or self._obstacles(name)
+            if reason:
+                self.result.left_whole.setdefault(group.name, reason)
             else:
-                inside = {path: inner for path, inner in module.named_modules() if layer_kind(inner) is not None}
-                reasons = ((f"{layer}.{path}".strip("."), obstacle(inner)) for path, inner in inside.items())
-                reason = next((f"{path} {why}" for path, why in reasons if why), "")
-            self._strange[layer] = reason
-        return self._strange[layer]
+                yield group
 
-    def makes_channels(self, layer: str) -> bool:
-        """Linear layers, convolutions and embeddings do; normalisations and activations carry them."""
-        kind = self.kind(layer)
-        return isinstance(kind, Embedding) or (kind is not None and kind.channel_axis is not None)
+    def _obstacles(self, layer: str) -> str:
+        inside = ((f"{layer}.{path}".strip("."), m) for path, m in self.modules[layer].named_modules())
+        reasons = ((path, obstacle(m)) for path, m in inside if layer_kind(m) is not None)
+        return next((f"{path} {why}" for path, why in reasons if why), "")
 
+    def _reached(self, layer: str, places: Sequence[Place]) -> dict[Site, Tensor]:
+        """Where the units of a layer live, and claims it; none if nothing reached the layer.
 
-def _why_not(network: _Network, component: Component) -> tuple[str, str]:
-    """The layer that makes a component's channels (empty if none does), and why they must stay (empty if not)."""
-    layers = dict.fromkeys(c.owner for c in component.channels if c.axis is None)
-    makers = (c.owner for c in component.channels if c.axis is None and c.role == "out")
-    name = min((layer for layer in makers if network.makes_channels(layer)), key=network.order.__getitem__, default="")
-    reason = next(filter(None, map(network.strange, layers)), "")
-    if reason:
-        return name, reason
-    for channel in component.channels:
-        if channel.axis is not None:
-            followed = channel.number < network.model.get_parameter(channel.owner).shape[channel.axis]
+        What the layer's own computation shows to be something else is left out.
+        """
+        sites: dict[Site, list[Tensor]] = {}
+        for place in places:
+            for tensor, own in stored(self.modules[layer], place, place.role or "out"):
+                index = place.index.reshape(len(place.index), -1)
+                sites.setdefault((join(layer, tensor), place.axis, own), []).append(index)
+        found = {site: torch.cat(at, 1) for site, at in sites.items()}
+        core = {site: at for site, at in found.items() if self._is_projection(layer_of(site[0]))}
+        if not any(self.seen.is_used(tensor, axis) for tensor, axis, _ in core):
+            return {}
+        owner: dict[int, set[int]] = {}
+        for (tensor, axis, _), at in core.items():
+            for unit, labels in enumerate(self.seen.labels(tensor, axis)[at]):
+                for root in self.seen.alone[labels].tolist():
+                    owner.setdefault(root, set()).add(unit)
+        found = {site: at for site, at in found.items() if site in core or self._fits(site, at, owner)}
+        if not any(role == "in" for _, _, role in found):
+            found |= self._followed(core)
+        for (tensor, axis, _), at in found.items():
+            first = self.seen.first_name(tensor, axis)
+            self.claimed.setdefault((first, axis), set()).update(at.flatten().tolist())
+        return found
+
+    def _is_projection(self, layer: str) -> bool:
+        """Whether a layer makes channels itself; what attention holds beside its projections is named by guess."""
+        module = self.modules.get(layer)
+        return makes_channels(module) and not isinstance(layer_kind(module), Attention) if module is not None else False
+
+    def _fits(self, site: Site, at: Tensor, owner: Mapping[int, set[int]]) -> bool:
+        """Whether what a layer holds for its units hangs together with no unit but its own."""
+        labels = self.seen.labels(site[0], site[1])[at]
+        roots = self.seen.alone[labels].tolist()
+        return all(owner.get(root, {unit}) == {unit} for unit, own in enumerate(roots) for root in own)
+
+    def _followed(self, core: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """What reads the units of a layer behind which they are seen."""
+        of_units: list[dict[tuple[str, int], set[int]]] = []
+        for unit in range(len(next(iter(core.values())))):
+            mine: dict[tuple[str, int], set[int]] = {}
+            for (tensor, axis, _), at in core.items():
+                for place, positions in self.seen.beside(tensor, axis, at[unit]).items():
+                    mine.setdefault(place, set()).update(positions)
+            of_units.append(mine)
+        known = {site[:2] for site in core}
+        alike = [p for p in of_units[0] if p not in known and len({len(unit.get(p, ())) for unit in of_units}) == 1]
+        found: dict[Site, Tensor] = {}
+        for tensor, axis in alike:
+            role: Role = "in" if (tensor, axis) in self._sides(layer_of(tensor))[1] else "out"
+            found[tensor, axis, role] = torch.tensor([sorted(unit[tensor, axis]) for unit in of_units])
+        return found
+
+    def _inner_group(self, layer: str, inner: str, sites: Mapping[Site, Tensor]) -> UnitGroup:
+        spans = tuple(Span(tensor, axis, at, role) for (tensor, axis, role), at in sites.items())
+        readers = tuple(
+            reader(self.model, span, {}, joint=span.index.shape[1] > 1)
+            for span in spans
+            if span.role == "in" and ".weight_hr" not in f".{span.tensor}"
+        )
+        return UnitGroup(join(layer, inner).rstrip("."), spans, readers)
+
+    def _cells(self, name: str) -> list[UnitGroup]:
+        """The groups of cells behind the projections of a recurrent layer, packed."""
+        kind, module = layer_kind(self.modules[name]), self.modules[name]
+        if kind is None:
+            return []
+        pack, floor = join(name, "cells"), kind.min_cells(module)
+        groups = []
+        for inner, places in kind.cells(module):
+            sites = self._reached(name, places)
+            groups += [replace(self._inner_group(name, inner, sites), pack=pack, floor=floor)] if sites else []
+        for group in groups:
+            few = f"it has {group.size} cells, and {floor} must stay" if group.size <= floor else ""
+            reason = half_tied(self.model, group.spans) or few
+            if reason:
+                self.result.left_whole[pack] = reason
+                return []
+        return groups
+
+    def _pack(self, name: str) -> None:
+        """All levels and directions of a recurrent layer must keep as many units each."""
+        kind, module = layer_kind(self.modules[name]), self.modules[name]
+        pack = kind.pack(module) if kind is not None else 0
+        mine = [group for group in self.result.groups if pack and parts(group, name)]
+        if not mine:
+            return
+        packs = {group.pack for group in mine if group.pack}  # of other layers that make the same units
+        together = [group for group in self.result.groups if group in mine or group.pack in packs]
+        self.result.groups = [group for group in self.result.groups if group not in together]
+        owned = sum(group.size * parts(group, name) for group in mine)
+        if owned != pack or len({group.size for group in together}) != 1:
+            for left in (name, *(group.name for group in together)):
+                self.result.left_whole.setdefault(
+                    left, "its layers and directions must keep as many units each, and not all of them can be cut"
+                )
         else:
-            followed = all(channel.number < len(at) for _, at in network.places(channel.owner, channel.role))
-        if not followed:
-            return name, f"its channels could not be followed to {channel.owner}"
-    return name, component.fixed
+            self.result.groups += [replace(group, pack=min(packs, default=name)) for group in together]
+
+    # --- what stays for another reason ---
+
+    def _leave_teachers(self) -> None:
+        """Frozen networks that teach others are not shipped; what needs no gradients was not meant to change."""
+        self.result.teachers = list(self._teachers())
+        inside = tuple(f"{name}." for name in self.result.teachers)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for group in list(self.result.groups):
+            made = [span.tensor for span in group.spans if span.role == "out" and span.tensor in parameters]
+            taught = any(self.seen.trains(span.tensor, span.axis) for span in group.spans)
+            teaches = any(span.tensor.startswith(inside) for span in group.spans)
+            if teaches or (made and self.frozen.issuperset(made) and not taught):
+                self.result.groups.remove(group)
+                self.result.left_whole[group.name] = TEACHER
+
+    def _teachers(self) -> Iterator[str]:
+        """The outermost ones."""
+        found: list[str] = []
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, module in self.modules.items() if self.frozen != parameters.keys() else ():
+            own = {f"{name}.{leaf}" for leaf, _ in module.named_parameters(remove_duplicate=False)}
+            beside = name and not name.startswith(tuple(f"{teacher}." for teacher in found))
+            if beside and own and own <= self.frozen and own & self.seen.touched and self._teaches(own):
+                found.append(name)
+                yield name
+
+    def _teaches(self, own: set[str]) -> bool:
+        """Whether a frozen network, of which these are the parameters, stands beside what trains, and not within."""
+        if not any(own & (made | read) for made, read in self._handed_on):
+            return False  # a norm, say
+        taught = any(self.seen.trains(tensor, number) for tensor, number in self.seen.sites if tensor in own)
+        for made, read in self._handed_on:
+            made_in, made_out, read_in, read_out = made & own, made - own, read & own, read - own
+            if taught and (made_in or read_in) and (read_out or (made_out and read_in)):
+                return False
+            if (made_in and read_out and not made_out) or (made_out and read_in and not made_in):
+                return False
+        return True
+
+    @cached_property
+    def _handed_on(self) -> set[tuple[frozenset[str], frozenset[str]]]:
+        """(tensors that make, tensors that read) the same positions."""
+        return {
+            (
+                frozenset(place.axis.names[0] for place in component.places if place.made),
+                frozenset(place.axis.names[0] for place in component.places if place.read),
+            )
+            for component in self.seen.components
+        }
+
+    def _name_single(self) -> None:
+        """Layers that make one channel."""
+        for name, module in self.modules.items():
+            made = self._sides(name)[0] if makes_channels(module) else set()
+            if made and all(not len(self.seen.labels(*site)) for site in made):
+                self.result.left_whole.setdefault(name, FEW.format(1, MIN_UNITS))
+
+    def _protect_unreached(self) -> None:
+        """What no call reached may read, at another time, channels of the width that it reads."""
+        for name, width, is_first in self._unreached():
+            self.result.unreached.append(name)
+            for group in list(self.result.groups) if is_first and self.waits_for(name) else ():
+                if any(_count(span.index) == width for span in group.spans if span.role == "in"):
+                    self.result.groups.remove(group)
+                    self.result.left_whole[group.name] = (
+                        f"{name} was not reached yet, and may read it, for it reads {width} channels, too: if it does "
+                        f'not, say so by `skip=["{name}"]`'
+                    )
+
+    def _unreached(self) -> Iterator[tuple[str, int, bool]]:
+        """Layers that no call reached, how many channels they read, and whether these come from elsewhere.
+
+        They do not where another layer makes as many, before it in a part of which nothing was reached.
+        """
+        reached = {part for name in self.seen.touched for part in _around(layer_of(name))}
+        metrics = tuple(f"{name}." for name, module in self.modules.items() if _is_metric(module))
+        made: defaultdict[str, set[int]] = defaultdict(set)  # part -> widths that its layers make
+        for name, module in self.modules.items():
+            kind = layer_kind(module)
+            if kind is None or kind.channel_axis is None or isinstance(kind, Attention) or name.startswith(metrics):
+                continue
+            if name in reached or not self._sides(name)[1]:
+                continue
+            part = next(part for part in _around(name) if part not in reached)
+            width = len(kind.places(module, "in")[0].index)
+            yield name, width, width not in made[part]
+            made[part].update(len(place.index) for place in kind.places(module, "out")[:1])
+
+
+def _around(name: str) -> Iterator[str]:
+    """A layer, and what it lies in, the outermost first."""
+    yield ""
+    steps = name.split(".") if name else []
+    for i in range(len(steps)):
+        yield ".".join(steps[: i + 1])
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What components of the same axes have in common.
+
+    Attributes:
+        name: the layer that makes them.
+        obstacle: why their tensors cannot be cut; empty if they can.
+        sites: of each place, under every name of its tensor.
+        makers: the places of weights that make them, each position a variable of its own.
+        first: the place by which units are ordered.
+    """
+
+    name: str
+    obstacle: str
+    sites: list[list[Site]]
+    makers: list[int]
+    first: int
+
+    def unit(self, component: Component) -> _Unit:
+        """The positions of one."""
+        places = {site: place.at for sites, place in zip(self.sites, component.places, strict=True) for site in sites}
+        made = {len(component.places[i].at) for i in self.makers}
+        return _Unit(places, made, component.places[self.first].at[0])
 
 
 @dataclass(frozen=True)
@@ -181,12 +521,12 @@ class _Unit:
 
     Attributes:
         places: positions at each site.
-        read: the sites that layers read it by -> whether its positions there are variables of their own.
+        made: how many positions of it weights make.
         order: among the units of its group.
     """
 
     places: dict[Site, list[int]]
-    read: dict[Site, bool]
+    made: set[int]
     order: int
 
     @property
@@ -194,152 +534,14 @@ class _Unit:
         """Units of one form make a group: the same tensors, with the same number of positions in each."""
         return tuple(sorted((*site, len(at)) for site, at in self.places.items()))
 
-    @classmethod
-    def of(cls, network: _Network, maker: str, component: Component) -> _Unit:
-        places: defaultdict[Site, set[int]] = defaultdict(set)
-        read: dict[Site, None] = {}
-        for channel in component.channels:
-            if channel.axis is not None:
-                places[channel.owner, channel.axis, "out"].add(channel.number)
-                continue
-            kind = network.kind(channel.owner)
-            for site, at in network.places(channel.owner, channel.role):
-                if at[channel.number] >= 0:
-                    places[site].add(at[channel.number])
-                    if site[2] == "in" and kind is not None and kind.channel_axis is not None:
-                        read[site] = None
-        # Several channels of the layer that makes them are variables of their own; several positions of one channel,
-        # as behind a flatten, are repetitions.
-        made = sum(c.owner == maker and c.role == "out" and c.axis is None for c in component.channels)
-        return cls(
-            {site: sorted(at) for site, at in places.items()},
-            {site: len(places[site]) == made > 1 for site in read},
-            min(c.number for c in component.channels),
-        )
+
+def _count(index: Tensor) -> int:
+    """Of different positions."""
+    return len(set(index.flatten().tolist()))
 
 
-def _stored(module: nn.Module, place: Place, role: Role) -> list[tuple[str, Role]]:
-    """The tensors that a place lies in: under weight norm, a row has a direction and a length."""
-    path, _, leaf = place.tensor.rpartition(".")
-    norm = weight_norm_of(module.get_submodule(path)) if leaf == "weight" else None
-    if norm is None:
-        return [(place.tensor, role)]
-    length: list[tuple[str, Role]] = [(_join(path, norm.length), "out")] if place.axis == norm.dim else []
-    return [(_join(path, norm.direction), role), *length]
-
-
-def _reader(model: nn.Module, span: Span, normalised_by: Mapping[str, str], prefix: str, joint: bool) -> Reader:
-    """The layer that reads units by a span; `model` and `normalised_by` know it without the prefix."""
-    tensor = span.tensor.removeprefix(prefix)
-    layer, leaf = layer_of(tensor), tensor.rpartition(".")[2]
-    module, norm = model.get_submodule(layer), normalised_by.get(layer)
-    kind = layer_kind(module)
-    assert kind is not None
-    assert kind.channel_axis is not None
-    offset, bias = None, kind.bias_of(module, leaf)
-    if isinstance(module, _ConvTransposeNd):
-        pass  # it spreads a constant unevenly over its outputs: no bias can take it
-    elif bias is not None:
-        offset = prefix + _join(layer, bias)
-    elif norm is not None and getattr(model.get_submodule(norm), "running_mean", None) is not None:
-        offset = prefix + _join(norm, "running_mean")
-    chunks = getattr(module, "groups", 1) if span.axis == 1 else 1
-    return Reader(prefix + layer, span, kind.channel_axis, chunks, offset, joint)
-
-
-def _gather(
-    model: nn.Module,
-    name: str,
-    members: list[_Unit],
-    normalised_by: Mapping[str, str],
-    prefix: str,
-    result: Survey,
-) -> None:
-    """Makes one group of units of one form, or says why not."""
-    members = sorted(members, key=lambda unit: unit.order)
-    index = {site: torch.tensor([unit.places[site] for unit in members]) for site in members[0].places}
-    spans = {site: Span(prefix + site[0], site[1], at, site[2]) for site, at in index.items()}
-    reason = half_tied(model, spans.values(), prefix)
-    if reason or len(members) <= MIN_UNITS:
-        few = f"it has {len(members)} units, and {MIN_UNITS} must stay"
-        result.left_whole.setdefault(prefix + name, reason or few)
-        return
-    readers = tuple(
-        _reader(model, spans[site], normalised_by, prefix, joint) for site, joint in members[0].read.items()
+def _is_metric(module: nn.Module) -> bool:
+    """Of torchmetrics: what lies in one judges the network, and is no part of it."""
+    return any(
+        kind.__name__ == "Metric" and kind.__module__.startswith("torchmetrics") for kind in type(module).__mro__
     )
-    taken = sum(group.name.split("#")[0] == prefix + name for group in result.groups)
-    unique = f"{prefix}{name}#{taken + 1}" if taken else prefix + name
-    result.groups.append(UnitGroup(unique, tuple(spans.values()), readers))
-
-
-def _add_inner(network: _Network, name: str, prefix: str, result: Survey) -> None:
-    """Adds the groups that are not seen from outside a layer, and packs what must keep the same number of units."""
-    kind, module = network.kind(name), network.model.get_submodule(name)
-    inner = [_inner_group(network.model, name, *inner, prefix) for inner in kind.inner(module)] if kind else []
-    pack = kind.pack(module) if kind else 0
-    if not pack:
-        for group in inner:
-            few = f"it has {group.size} units, and {MIN_UNITS} must stay" if group.size <= MIN_UNITS else ""
-            reason = half_tied(network.model, group.spans, prefix) or few
-            if reason:
-                result.left_whole.setdefault(group.name, reason)
-            else:
-                result.groups.append(group)
-        return
-    layer = (prefix + name).rstrip(".")
-    mine = [group for group in result.groups if _parts(group, layer)]
-    packs = {group.pack for group in mine if group.pack}  # of other layers that make the same units
-    seen = [group for group in result.groups if group in mine or group.pack in packs]
-    together = [*seen, *inner]
-    result.groups = [group for group in result.groups if group not in seen]
-    owned = sum(group.size * _parts(group, layer) for group in mine) + sum(group.size for group in inner)
-    reason = next(filter(None, (half_tied(network.model, group.spans, prefix) for group in inner)), "")
-    if owned != pack or len({group.size for group in together}) != 1:
-        reason = "its layers and directions must keep as many units each, and not all of them can be cut"
-    if reason:
-        for left in (layer, *(group.name for group in seen)):
-            result.left_whole.setdefault(left, reason)
-    else:
-        result.groups += [replace(group, pack=min(packs, default=layer)) for group in together]
-
-
-def _add_cells(network: _Network, name: str, prefix: str, result: Survey) -> None:
-    """Adds the groups of cells behind the projections of a layer, packed."""
-    kind, module = network.kind(name), network.model.get_submodule(name)
-    if kind is None:
-        return
-    pack, floor = _join((prefix + name).rstrip("."), "cells"), kind.min_cells(module)
-    groups = [_inner_group(network.model, name, *cells, prefix) for cells in kind.cells(module)]
-    for group in groups:
-        few = f"it has {group.size} cells, and {floor} must stay" if group.size <= floor else ""
-        reason = half_tied(network.model, group.spans, prefix) or few
-        if reason:
-            result.left_whole[pack] = reason
-            return
-    result.groups += [replace(group, pack=pack, floor=floor) for group in groups]
-
-
-def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Place], prefix: str) -> UnitGroup:
-    """A group inside a layer."""
-    sites: dict[Site, list[Tensor]] = {}
-    for place in places:
-        for tensor, own in _stored(model.get_submodule(layer), place, place.role or "out"):
-            site = (_join(layer, tensor), place.axis, own)
-            sites.setdefault(site, []).append(place.index.reshape(len(place.index), -1))
-    spans, readers = [], []
-    for site, at in sites.items():
-        tensor, axis, role = site
-        spans.append(Span(prefix + tensor, axis, torch.cat(at, 1), role))
-        if role == "in" and ".weight_hr" not in tensor:  # what the cells behind projections say is not seen
-            readers.append(_reader(model, spans[-1], {}, prefix, joint=spans[-1].index.shape[1] > 1))
-    return UnitGroup(f"{_join(prefix.rstrip('.'), layer)}.{inner}".lstrip("."), tuple(spans), tuple(readers))
-
-
-def _parts(group: UnitGroup, layer: str) -> int:
-    """How many directions of a recurrent layer the units of a group span: two where a sum, say, couples them."""
-    recurrent = _join(layer, "weight_hh")
-    return len({span.tensor for span in group.spans if span.axis == 1 and span.tensor.startswith(recurrent)})
-
-
-def _join(module: str, leaf: str) -> str:
-    return f"{module}.{leaf}" if module else leaf

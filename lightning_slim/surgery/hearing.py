@@ -8,10 +8,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_slim.surgery.example import untouched
+from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.unread import unread
-from lightning_slim.surgery.verify import Calls, is_real, loud, outputs
+from lightning_slim.surgery.verify import is_real, loud, outputs
 from lightning_slim.units import UnitGroup
 
 
@@ -19,8 +19,8 @@ def hearing(
     model: nn.Module,
     groups: Sequence[UnitGroup],
     plan: Mapping[str, Bool[Tensor, "units"]],
-    calls: Calls,
-    changed: Calls,
+    calls: Mapping[str, Example],
+    changed: Mapping[str, Example],
 ) -> str:
     """What still hears units that are given to a model when the columns that read them are zero.
 

@@ -19,7 +19,7 @@ from lightning_slim.surgery.example import Example, untouched
 from lightning_slim.surgery.hearing import hearing
 from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.surgery.ties import half_tied
-from lightning_slim.surgery.verify import Calls, loud, outputs
+from lightning_slim.surgery.verify import loud, outputs
 from lightning_slim.units import Plan, Reader, Span, UnitGroup
 from lightning_slim.weight_norm import obstacle, weight_norm_of
 
@@ -63,7 +63,7 @@ class InputUnits:
         return torch.bincount(at[at >= 0], minlength=features) > 0
 
 
-def find_entries(calls: Calls, inputs: Tensor, axis: int) -> dict[str, Entry]:
+def find_entries(calls: Mapping[str, Example], inputs: Tensor, axis: int) -> dict[str, Entry]:
     """The networks that are called with some inputs, as they are or with steps and features exchanged.
 
     Inputs that were scaled or cast on the way are told by their shape, if no argument is equal to them.
@@ -91,7 +91,7 @@ def find_entries(calls: Calls, inputs: Tensor, axis: int) -> dict[str, Entry]:
 
 
 def find_inputs(
-    model: nn.Module, calls: Calls, entries: Mapping[str, Entry], removable: Bool[Tensor, "features"]
+    model: nn.Module, calls: Mapping[str, Example], entries: Mapping[str, Entry], removable: Bool[Tensor, "features"]
 ) -> InputUnits:
     """Finds all layers that read the inputs.
 
@@ -142,7 +142,7 @@ def _arguments(call: Example) -> tuple[Any, ...]:
 
 
 def _responses(
-    model: nn.Module, calls: Calls, entries: Mapping[str, Entry], size: int, hushed: bool
+    model: nn.Module, calls: Mapping[str, Example], entries: Mapping[str, Entry], size: int, hushed: bool
 ) -> dict[str, Bool[Tensor, "columns bits values"]]:
     """Layer -> which of its columns change with the features whose number has a bit of that value."""
     bits = max(1, (size - 1).bit_length())
@@ -231,7 +231,9 @@ def _group(model: nn.Module, name: str, columns: int) -> UnitGroup:
     return UnitGroup(f"inputs of {name}", tuple(reader.span for reader in readers), tuple(readers), floor=1)
 
 
-def _changed(calls: Calls, entries: Mapping[str, Entry], features: Bool[Tensor, "features"]) -> dict[str, Example]:
+def _changed(
+    calls: Mapping[str, Example], entries: Mapping[str, Entry], features: Bool[Tensor, "features"]
+) -> dict[str, Example]:
     """The calls with some features of other items; a feature that no item differs in gets noise."""
     generator = torch.Generator().manual_seed(0)
     changed = {}

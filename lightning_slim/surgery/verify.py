@@ -14,19 +14,18 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_slim.surgery.blocks import without
 from lightning_slim.surgery.cut import remove_units, restore
-from lightning_slim.surgery.example import Example, untouched
+from lightning_slim.surgery.example import Example, step_of, untouched
 from lightning_slim.surgery.layers import layer_kind
+from lightning_slim.surgery.operations.silence import silenced
 from lightning_slim.surgery.ties import untied
 from lightning_slim.surgery.unread import unread
-from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, renumber
+from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, positions_gone, renumber
 from lightning_slim.weight_norm import settle
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
 
-Calls = Mapping[str, Example]  # dotted name of a network -> one call of it
 
-
-def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
+def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, Example]) -> dict[str, str]:
     """Tries every group: cuts about half of its units, compares, and puts them back.
 
     All are tried together first. If that fails, each half of them is, and so on, down to single groups (or packs).
@@ -62,7 +61,7 @@ def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str
     return reasons
 
 
-def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> dict[str, str]:
+def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, Example]) -> dict[str, str]:
     """Tries every block alone: without it the network must run, and its outputs keep their shapes.
 
     Returns:
@@ -86,7 +85,9 @@ def vet_blocks(model: nn.Module, groups: Sequence[UnitGroup], calls: Calls) -> d
     return reasons
 
 
-def pack_up(model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, str], calls: Calls) -> dict[str, str]:
+def pack_up(
+    model: nn.Module, groups: Sequence[UnitGroup], unfit: Mapping[str, str], calls: Mapping[str, Example]
+) -> dict[str, str]:
     """Tries groups that cannot be cut alone together with those that may have to shrink with them.
 
     Attention that is written as `x.view(..., heads, channels // heads)` takes the width of its input for that of its
@@ -138,7 +139,10 @@ def _spread(units: int, kept: int) -> Bool[Tensor, "units"]:
 
 
 def compare(
-    model: nn.Module, groups: Sequence[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]], calls: Calls
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    plan: Mapping[str, Bool[Tensor, "units"]],
+    calls: Mapping[str, Example],
 ) -> str:
     """Cuts a plan out of a model, compares it with the model in which nothing reads those units, and puts them back.
 
@@ -172,17 +176,22 @@ def _compare_units(
     model: nn.Module,
     groups: Sequence[UnitGroup],
     plan: Mapping[str, Bool[Tensor, "units"]],
-    calls: Calls,
+    calls: Mapping[str, Example],
     modes: Mapping[nn.Module, bool],
 ) -> str:
     read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
     with _unmixed(model), untied(model, read), unread(model, groups, plan):
         before = outputs(model, calls)
+        if not before:  # decoded in eval mode: classes, boxes
+            _set_modes(modes if any(modes.values()) else dict.fromkeys(modes, True))
+            before = outputs(model, calls)
+        tried = {module: module.training for module in model.modules()}
         trains = any(modes.values()) and _runs(model, calls, modes)
     cuts = remove_units(model, groups, plan)
     try:
         with _unmixed(model):
             after = outputs(model, calls)
+        exactly = outputs(model, calls) if _difference(before, after, calls) else []
         if trains:
             _set_modes(modes)
             outputs(model, calls)
@@ -190,7 +199,14 @@ def _compare_units(
         return _failure(error)
     finally:
         restore(model, cuts)
-    return _difference(before, after)
+        _set_modes(tried)
+    reason = _difference(before, after, calls)
+    if not reason:
+        return ""
+    # What no matrix reads, and norms that no module computes: the network without those positions, sum by sum.
+    with untied(model, read), unread(model, groups, plan), silenced(model, positions_gone(groups, plan)):
+        before = outputs(model, calls)
+    return reason if _difference(before, exactly, calls) else ""
 
 
 def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
@@ -198,7 +214,7 @@ def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
         module.training = training
 
 
-def _runs(model: nn.Module, calls: Calls, modes: Mapping[nn.Module, bool]) -> bool:
+def _runs(model: nn.Module, calls: Mapping[str, Example], modes: Mapping[nn.Module, bool]) -> bool:
     """Whether the model can be called with its example in some modes: a batch of one has no batch statistics."""
     with untouched(model):
         _set_modes(modes)
@@ -238,13 +254,19 @@ def _apart(packs: Iterable[Sequence[UnitGroup]]) -> list[list[Plan]]:
     return rounds
 
 
-def outputs(model: nn.Module, calls: Calls) -> list[Tensor]:
+def outputs(model: nn.Module, calls: Mapping[str, Example]) -> list[Tensor]:
     """What the networks return for their calls, in the modes they are in: tensors of numbers only."""
     made: list[Tensor] = []
-    for name, (args, kwargs, _) in calls.items():
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    step = step_of(calls)
+    if step is not None:
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made.extend(leaf for leaf in tree_leaves(model.get_submodule(name)(*args, **kwargs)) if is_real(leaf))
+            return [leaf for leaf in step() if is_real(leaf)]
+    for name, call in ((name, each) for name, known in calls.items() for each in known.each):
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a network may take gradients itself
+            torch.manual_seed(0)
+            output = model.get_submodule(name)(*call.args, **call.kwargs)
+            made.extend(leaf.detach() for leaf in tree_leaves(output) if is_real(leaf))
     return made
 
 
@@ -252,10 +274,13 @@ def is_real(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _difference(before: list[Tensor], after: list[Tensor]) -> str:
-    if [t.shape for t in before] != [t.shape for t in after]:
+def _difference(before: list[Tensor], after: list[Tensor], calls: Mapping[str, Example]) -> str:
+    pairs = list(zip(before, after, strict=False))
+    if step_of(calls) is not None and len(before) == len(after):
+        pairs = [(a, b) for a, b in pairs if a.shape == b.shape]  # what goes from one network to another may shrink
+    elif [t.shape for t in before] != [t.shape for t in after]:
         return "the shape of an output changes with them"
-    for a, b in zip(before, after, strict=True):
+    for a, b in pairs:
         if bool(a.isfinite().all()) and not bool(b.isfinite().all()):
             return "an output is not finite without them"
         error = float((a - b).abs().max()) / (float(a.abs().max()) + 1e-12) if a.numel() else 0.0
@@ -269,10 +294,11 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
     """Normalisations that mix channels only scale and shift them, for the time being."""
 
     def scale_and_shift(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        first = isinstance(module, nn.GroupNorm) or type(module).__name__.endswith("2d")
+        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        held = next((p for p in (weight, bias) if p is not None), None)
+        first = isinstance(module, nn.GroupNorm) or (held is not None and args[0].shape[-held.ndim :] != held.shape)
         last = not first  # where the channels are: at the end, or at axis 1
         shape = (-1, *[1] * (output.ndim - 2))
-        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         scaled = args[0] if weight is None else args[0] * weight.view(weight.shape if last else shape)
         return scaled if bias is None else scaled + bias.view(bias.shape if last else shape)
 

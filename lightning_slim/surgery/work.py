@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -15,21 +15,27 @@ from lightning_slim.surgery.layers import layer_kind
 from lightning_slim.weight_norm import weight_norm_of
 
 
-def find_work(model: nn.Module, calls: Mapping[str, Example]) -> list[Work]:
+def find_work(model: nn.Module, calls: Mapping[str, Example], apart: Collection[str] = ()) -> list[Work]:
     """All multiply-accumulates of some calls, for one sample.
 
     Args:
         model: the module that the names refer to.
         calls: dotted name of a network in it -> one call.
+        apart: names of modules whose work does not count.
     """
-    return [work for root, call in calls.items() for work in _of_network(model.get_submodule(root), call, root)]
+    work = (work for root, call in calls.items() for work in _of_network(model.get_submodule(root), call, root))
+    inside = tuple(f"{name}." for name in apart)
+    return [each for each in work if not f"{each.layer}.".startswith(inside)]
 
 
 def _of_network(network: nn.Module, call: Example, root: str) -> Iterator[Work]:
-    prefix = f"{root}." if root else ""
     for name, by_operator in count_by_operator(network, call.args, call.kwargs).items():
         layer = network.get_submodule(name)
-        path, kind, count = f"{prefix}{name}.".lstrip("."), layer_kind(layer), sum(by_operator.values())
+        path, kind, count = (
+            "".join(f"{part}." for part in (root, name) if part),
+            layer_kind(layer),
+            sum(by_operator.values()),
+        )
         mixing = kind.mixing(layer) if kind is not None else None
         matrices = _matrices(layer, path)
         if mixing is None:

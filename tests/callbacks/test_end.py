@@ -104,7 +104,7 @@ def test_one_shot_goes_when_the_phase_begins_and_a_schedule_is_squeezed_into_it(
     trainer(tmp_path, callback).fit(Lit(), loader())
     assert [(event.step, event.progress) for event in callback.history.events] == [(12, 0.5)]
     assert callback.pruner.widths == {"net.c1": 4, "net.c2": 3, "net.up": 8, "net.fc1": 10}
-    callback = cut(schedule=Linear(0.0, 2 / 3), recovery_epochs=0.5)
+    callback = cut(schedule=Linear(0.0, 2 / 3), recovery_epochs=0.5, recovery_steps=2)
     trainer(tmp_path, callback).fit(Lit(), loader())
     assert [event.step for event in callback.history.events] == [14, 16, 18, 20]  # four steps of recovery are left
     assert [event.asked for event in callback.history.events] == pytest.approx([1 - k / 8 for k in (1, 2, 3, 4)])

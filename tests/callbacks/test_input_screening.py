@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from sklearn.feature_selection import f_classif, f_regression
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor, nn
@@ -402,3 +402,34 @@ def test_it_goes_through_yaml(tmp_path: Path) -> None:
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, InputScreening)]
     assert (callback.alpha, callback.names, callback.protect) == (0.01, ("a", "b"), (0, "b"))
     assert (callback.inputs, callback.target, callback.batches) == ("x", 2, 8)
+
+
+def test_a_run_with_accumulation_that_is_over_before_inputs_are_chosen(tmp_path: Path) -> None:
+    """8 steps of accumulated batches are 8 batches or more."""
+    accumulate = GradientAccumulationScheduler({0: 1, 1: 4})
+    limits = {"max_epochs": 9, "max_steps": 8, "limit_train_batches": 8}
+    with pytest.raises(MisconfigurationException, match="after 8 batches, got one of 8: set `batches`"):
+        trainer(tmp_path, InputScreening(), accumulate, **limits).fit(
+            Fit(lambda: Perceptron(6, classes=3)), batches(TensorDataset(X, Y), 16)
+        )
+    limits["max_steps"] = 9
+    callback = InputScreening()
+    trainer(tmp_path, callback, accumulate, **limits).fit(
+        Fit(lambda: Perceptron(6, classes=3)), batches(TensorDataset(X, Y), 16)
+    )
+    assert callback.event is not None
+
+
+def test_a_smoke_test_forgets_its_evidence_and_puts_inputs_back(tmp_path: Path) -> None:
+    data, lit, callback = (
+        TensorDataset(X, Y),
+        Fit(lambda: Perceptron(6, classes=3)),
+        InputScreening(batches=2, alpha=0.99),
+    )
+    before = [tensor.shape for tensor in lit.state_dict().values()]
+    trainer(tmp_path, callback, fast_dev_run=4).fit(lit, batches(data, 16))
+    assert callback.event is not None
+    assert [tensor.shape for tensor in lit.state_dict().values()] == before
+    trainer(tmp_path, callback, max_epochs=2).fit(lit, batches(data, 16))
+    assert callback.event is not None
+    assert callback.event.step == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_slim import GrangerPrune, Latency, Linear, Magnitude, Prune, latency
+from lightning_slim import GrangerPrune, Latency, Linear, MACs, Magnitude, Prune, latency
 from lightning_slim.budgets import Budget
 from lightning_slim.surgery import dropped
 from tests.callbacks.runs import Lit, loader, trainer
@@ -89,3 +89,31 @@ def test_asked_reached_and_steps_are_printed(tmp_path: Path, monkeypatch: pytest
     cuts = [line for line in said if "units removed" in line]
     assert [f"({asked} asked)" in line for asked, line in zip(("75.0%", "50.0%"), cuts, strict=True)] == [True, True]
     assert all("% left (" in line for line in cuts)
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("budget", [Latency(0.5), Latency(absolute=0.05)])
+def test_the_report_measures_the_batch_that_the_budget_goes_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Latency
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_slim.callbacks.telling.rank_zero_info", said.append)
+    callback = granger(budget)
+    run(tmp_path, Lit(), callback)
+    size = len(next(iter(loader()))[0])
+    assert callback.report({}).batch_sizes == (size,)
+    assert any(f"(batch of {size})" in line for line in said)
+
+
+def test_the_report_of_a_resumed_run_measures_its_own_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_times", in_packets(c1=2, c2=2, up=2, fc1=2))
+    run(tmp_path, Lit(), granger(Latency(0.5)))
+    again = granger(Latency(0.5))
+    run(tmp_path / "again", Lit(), again, tmp_path / "epoch=0.ckpt")
+    assert again.report({}).batch_sizes == (len(next(iter(loader()))[0]),)
+
+
+def test_without_such_a_budget_the_report_says_of_how_many_samples_its_latency_is(tmp_path: Path) -> None:
+    callback = granger(MACs(0.5))
+    run(tmp_path, Lit(), callback)
+    assert callback.report({}).rows()[3][0] == "CPU latency (median, batch of 2)"

@@ -23,6 +23,7 @@ from lightning_slim import (
     HoyerSquare,
     Linear,
     Magnitude,
+    NoEffectWarning,
     NormScaleL1,
     OneShot,
     Prune,
@@ -206,6 +207,15 @@ def test_a_layer_that_is_not_there_is_refused_before_training(tmp_path: Path) ->
     callback = SparsityRegularization(GroupLasso(), 1.0, skip=["net.c9"])
     with pytest.raises(MisconfigurationException, match="`skip` to name"):
         trainer(tmp_path, callback).fit(Lit(), loader())
+
+
+def test_all_that_could_be_pulled_is_skipped(tmp_path: Path) -> None:
+    callback = SparsityRegularization(GroupLasso(), 1.0, skip=["net"])
+    lit, plain = Lit(), Lit()
+    with pytest.warns(NoEffectWarning, match="GroupLasso pulls nothing"):
+        trainer(tmp_path, callback, max_epochs=1).fit(lit, loader(), loader())
+    trainer(tmp_path, max_epochs=1).fit(plain, loader())
+    assert same(lit.state_dict(), plain.state_dict())
 
 
 def test_a_regularizer_before_a_fit_is_refused() -> None:

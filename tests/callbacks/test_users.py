@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from lightning_slim import (
     GrangerPrune,
+    GroupLasso,
+    Magnitude,
     NoEffectWarning,
     OneShot,
     Prune,
+    Pruner,
+    SparsityRegularization,
     Taylor,
     Units,
+    WeightPrune,
     load_from_checkpoint,
 )
 from tests.callbacks.runs import Lit, loader, trainer
@@ -137,7 +142,7 @@ def test_an_encoder_and_a_decoder_in_bfloat16(tmp_path: Path) -> None:
 
     callback = half(print_report=True)
     trainer(tmp_path, callback, precision="bf16-mixed").fit(Pair(), loader())
-    assert callback.pruner.widths == {"encoder.1": 6, "decoder.0": 5}
+    assert callback.pruner.widths == {"encoder.1": 6, "encoder.3": 4, "decoder.0": 5}
 
 
 def test_a_network_that_is_first_called_later(tmp_path: Path) -> None:
@@ -231,3 +236,27 @@ def test_validating_before_fitting_and_dict_batches(tmp_path: Path) -> None:
     fit.validate(lit, data, verbose=False)
     fit.fit(lit, data, data)
     assert len(callback.history.events) == 1
+
+
+def test_a_net_that_was_cut_moves_on_to_another_module(tmp_path: Path) -> None:
+    """Its layers know that they were cut: checkpoints of the other module, beside any callback, load."""
+    first = Lit()
+    trainer(tmp_path, half()).fit(first, loader())
+    for callback in (WeightPrune(0.3), SparsityRegularization(GroupLasso(), 1e-3)):
+        second = Lit()
+        second.net = copy.deepcopy(first.net)
+        saved = ModelCheckpoint(tmp_path / type(callback).__name__, save_last=True)
+        trainer(tmp_path, callback, saved, max_epochs=1).fit(second, loader(), loader())
+        loaded = load_from_checkpoint(Lit, saved.last_model_path)
+        assert same(loaded.state_dict(), second.state_dict())
+        assert loaded.net.c1.out_channels == 4
+
+
+def test_a_net_that_a_pruner_cut_without_a_trainer(tmp_path: Path) -> None:
+    lit = Lit()
+    pruner = Pruner(lit.net, Magnitude(), Units(0.5), OneShot(0.0), compensate="none")
+    pruner.prepare(next(iter(loader()))[0])
+    pruner.step(0.0)
+    saved = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, WeightPrune(0.3), saved, max_epochs=1).fit(lit, loader(), loader())
+    assert same(load_from_checkpoint(Lit, saved.last_model_path).state_dict(), lit.state_dict())

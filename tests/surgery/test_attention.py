@@ -338,7 +338,11 @@ def test_heads_that_fill_the_width_shrink_with_it() -> None:
     assert unfit.keys() == {"attention.heads", "i"}
     assert pack_up(network, groups, unfit, calls) == {"attention.heads": "i", "i": "i"}
     plan = plan_of(network, inputs)
-    assert {name: int(keep.sum()) for name, keep in plan.items()} == {"attention.heads": 3, "i": 12, "attention": 12}
+    assert {name: int(keep.sum()) for name, keep in plan.items()} == {
+        "attention.heads": 3,
+        "i": 12,
+        "attention.c_proj": 12,
+    }
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -87,7 +87,7 @@ def test_what_is_not_understood_is_left_whole_with_the_reason() -> None:
     )
     found = survey(network, (torch.randn(2, 4, 5), torch.randn(2, 6, 5)))
     assert [group.name for group in found.groups] == ["h"]
-    assert "MultiheadAttention is not understood" in found.left_whole["a"]
+    assert "attention whose keys or values have a width of their own" in found.left_whole["a"]
 
 
 def test_a_weight_tied_to_the_output_is_left_whole() -> None:
@@ -95,7 +95,7 @@ def test_a_weight_tied_to_the_output_is_left_whole() -> None:
     network.b.weight = network.a.weight
     found = survey(network, torch.randn(3, 6))
     assert found.groups == []
-    assert found.left_whole["a"] == "it is tied, and it reaches an input or an output of the network"
+    assert found.left_whole["a"] == "it meets an input, or another axis of fixed width, in `mm`"
 
 
 def test_units_behind_a_gate_own_both_halves() -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 import os
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._pytree import tree_leaves
 
 from lightning_slim import migrate, remove_units
 from lightning_slim.surgery import Example, resize_to, survey
 from lightning_slim.surgery.verify import vet
 from lightning_slim.units import Plan
 from tests.networks import same
+from tests.surgery.random_networks import Program
 from tests.surgery.test_cut import zeroed
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "25"))  # `make test-all` asks for more
+
+PROGRAMS = 5 * EXAMPLES if "PROPERTY_EXAMPLES" in os.environ else EXAMPLES
 
 BLOCKS = (
     "plain", "residual", "bottleneck", "concat", "split", "grouped", "depthwise", "squeeze", "pool", "gate", "up",
@@ -170,3 +175,23 @@ def test_random_architectures_hold_the_laws(network: Random, seed: int) -> None:
     fresh.load_state_dict(network.state_dict())
     assert torch.equal(fresh.eval()(x), network.eval()(x))
     assert "stem" in {group.name for group in groups} | set(found.left_whole)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_programs_are_understood_before_they_are_tried(part: int) -> None:
+    """All that is found can be cut: no trial has to refuse it. Nothing crashes, and the cut network trains."""
+    for seed in range(part, PROGRAMS, 8):
+        torch.manual_seed(seed)
+        network = Program(seed)
+        x = network.inputs()
+        found = survey(network, Example(x))
+        told = f"{seed}: {' '.join(network.told)}"
+        assert vet(network, found.groups, {"": Example(x)}) == {}, told
+        kept = {group.pack or group.name: 2 + seed % max(group.size - 2, 1) for group in found.groups}
+        plan = {g.name: torch.randperm(g.size) < max(kept[g.pack or g.name], g.floor) for g in found.groups}
+        before = sum(p.numel() for p in network.parameters())
+        remove_units(network, found.groups, plan)
+        assert sum(p.numel() for p in network.parameters()) < before or not found.groups, told
+        outputs = [t for t in tree_leaves(network(*x)) if t.requires_grad]
+        torch.stack([t.square().mean() for t in outputs]).sum().backward()
+        network.eval()(*x)

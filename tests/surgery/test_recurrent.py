@@ -442,13 +442,18 @@ class FirstLayerOnly(nn.Module):
         (FirstLayerOnly(), (torch.randn(5, 2, 4),)),
     ],
 )
-def test_what_hangs_on_a_state_is_left_whole(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def test_what_hangs_on_a_state_is_cut_with_it(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    network.eval()
     before = network(*inputs)
-    found = survey(network, inputs)
-    unfit = vet(network, found.groups, {"": Example(inputs)})
-    groups = [group for group in found.groups if group.name not in unfit]
-    assert not [group.name for group in groups if group.name[0] in "edcr"]
+    groups = find_groups(network, inputs)
+    assert vet(network, groups, {"": Example(inputs)}) == {}
     assert torch.equal(before, network(*inputs))
+    plan = different(groups)
+    reference = zeroed(network, groups, plan)
+    for layer in (layer for layer in reference.modules() if isinstance(layer, nn.RNNBase)):
+        layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+    remove_units(network, groups, plan)
+    torch.testing.assert_close(network(*inputs), reference(*inputs))
 
 
 def test_long_sequences_are_traced_as_one_node() -> None:

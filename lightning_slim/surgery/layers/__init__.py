@@ -12,7 +12,7 @@ from lightning_slim.surgery.layers.embedding import Embedding
 from lightning_slim.surgery.layers.linear import Conv1D, Linear
 from lightning_slim.surgery.layers.multihead import MultiheadAttention, TransformerEncoder
 from lightning_slim.surgery.layers.norm import BatchNorm, GroupNorm, LayerNorm, LayerNormLike
-from lightning_slim.surgery.layers.recurrent import Recurrent
+from lightning_slim.surgery.layers.recurrent import Recurrent, RecurrentCell
 
 KINDS: tuple[LayerKind, ...] = (
     Linear(),
@@ -24,6 +24,7 @@ KINDS: tuple[LayerKind, ...] = (
     PReLU(),
     Embedding(),
     Recurrent(),
+    RecurrentCell(),
     MultiheadAttention(),
     TransformerEncoder(),
     Conv1D(),

@@ -107,7 +107,7 @@ class Attention(LayerKind):
     def inner(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
         heads = _understood(layer)
         if not heads.output:
-            return ()
+            return [("", _made(layer, heads))]
         channels = torch.arange(heads.units * heads.width).view(heads.units, heads.width)
         read = _places(layer, heads.output, "in")
         return [("heads", [*_made(layer, heads), *(Place(p.tensor, p.axis, p.index[channels], "in") for p in read)])]
@@ -134,7 +134,7 @@ def _heads(layer: nn.Module) -> Heads | None:
     fused, output = _find(layer, FUSED), _find(layer, OUTPUTS)
     names = [fused] if fused else [_find(layer, names) for names in (QUERIES, KEYS, VALUES)]
     count, width = _attribute(layer, HEADS), _attribute(layer, HEAD_WIDTH)
-    if not all(names) or not (count or width) or len({_channels(layer, name, "in") for name in names}) > 1:
+    if not all(names) or not (count or width):
         return None
     if not fused:
         queries, keys, values = (_channels(layer, name, "out") for name in names)
@@ -201,7 +201,7 @@ def _own(layer: nn.Module, heads: Heads) -> Iterator[tuple[str, Tensor]]:
 def _find(layer: nn.Module, names: Sequence[str]) -> str:
     """The first projection of one of these names, or the first in a sequence of that name; empty if there is none."""
     for name in names:
-        child = layer._modules.get(name)
+        child = dict(layer.named_children()).get(name)
         if isinstance(child, nn.Sequential) and len(child):
             name, child = f"{name}.0", child[0]
         if child is not None and any(kind.speaks_for(child) for kind in KINDS):

@@ -44,7 +44,9 @@ class Conv(LayerKind):
         assert isinstance(layer, _ConvNd)
         # Read before the channel counts are overwritten: the weight's shape alone cannot tell.
         if is_depthwise(layer):
-            layer.groups = layer.in_channels = layer.out_channels = layer.weight.shape[0]
+            times = layer.out_channels // layer.in_channels
+            channels = layer.weight.shape[0] // (1 if layer.transposed else times)
+            layer.groups, layer.in_channels, layer.out_channels = channels, channels, channels * times
             return
         first, second = layer.weight.shape[:2]
         layer.in_channels = first if layer.transposed else second * layer.groups
@@ -52,5 +54,5 @@ class Conv(LayerKind):
 
 
 def is_depthwise(layer: _ConvNd) -> bool:
-    """One group, one input channel and one output channel each."""
-    return 1 < layer.groups == layer.in_channels == layer.out_channels
+    """A group for every input channel; several outputs of one live or die with it."""
+    return 1 < layer.groups == layer.in_channels

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -64,11 +65,66 @@ class LayerNorm(LayerKind):
         assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
         # Over several axes (channels and pixels, say) no axis is the channels': they cannot be followed.
         channels = layer.normalized_shape[0] if len(layer.normalized_shape) == 1 else 0
-        return [Place(name, 0, every_channel(channels)) for name in ("weight", "bias") if hasattr(layer, name)]
+        return present(layer, ("weight", "bias"), 0, every_channel(channels))
 
     def refresh(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
-        layer.normalized_shape = tuple(layer.weight.shape)
+        if layer.weight is not None:
+            layer.normalized_shape = tuple(layer.weight.shape)
+
+
+class SlimLayerNorm(nn.LayerNorm):
+    """What an `nn.LayerNorm` without weights becomes in a network that was cut: it has no tensor that tells its width.
+
+    It normalises over its last axis, however wide, and computes the same.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `nn.LayerNorm.forward`."""
+        return F.layer_norm(input, input.shape[-1:], eps=self.eps)
+
+    def _get_name(self) -> str:
+        return "LayerNorm"
+
+    def extra_repr(self) -> str:
+        """As wide as its input."""
+        return f"any width, eps={self.eps}, elementwise_affine=False"
+
+
+class SlimRMSNorm(nn.RMSNorm):
+    """The same, of an `nn.RMSNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `nn.RMSNorm.forward`."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    def _get_name(self) -> str:
+        return "RMSNorm"
+
+    def extra_repr(self) -> str:
+        """As wide as its input."""
+        return f"any width, eps={self.eps}, elementwise_affine=False"
+
+
+OF_ANY_WIDTH: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: SlimLayerNorm, nn.RMSNorm: SlimRMSNorm}
+CUTS = "_slim_cuts"  # how many cuts such a norm lived through: those that are put back do not count
+
+
+def norms_of_any_width(model: nn.Module, cuts: int = 1) -> None:
+    """Lets norms without weights follow the width of their input.
+
+    Args:
+        model: that was cut.
+        cuts: 1; or -1: one was put back, and after the last of them the norms are as they were.
+    """
+    for layer in model.modules():
+        plain = {new: old for old, new in OF_ANY_WIDTH.items()}.get(type(layer), type(layer))
+        bare = plain in OF_ANY_WIDTH and layer.weight is None and len(layer.normalized_shape) == 1
+        if bare:
+            count = vars(layer).pop(CUTS, 0) + cuts
+            if count > 0:
+                vars(layer)[CUTS] = count
+            layer.__class__ = OF_ANY_WIDTH[plain] if count > 0 else plain
 
 
 class LayerNormLike(LayerKind):

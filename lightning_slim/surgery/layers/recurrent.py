@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel
+from lightning_slim.surgery.layers.base import LayerKind, Place, every_channel, present
 from lightning_slim.surgery.layers.one_node import connect
 from lightning_slim.units import Role
 
@@ -44,14 +44,21 @@ class Recurrent(LayerKind):
 
     def inner(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
         assert isinstance(layer, nn.RNNBase)
+        lower = (layer.num_layers - 1) * len(_suffixes(layer))
+        # Direction by direction: the order in which they are told of.
+        return sorted(self.levels(layer)[:lower], key=lambda level: level[0].endswith("_reverse"))
+
+    def levels(self, layer: nn.RNNBase) -> list[tuple[str, list[Place]]]:
+        """Name of every level and direction, from the first level to the last -> where its units live."""
         visible, suffixes = layer.proj_size or layer.hidden_size, _suffixes(layer)
-        groups: list[tuple[str, Sequence[Place]]] = []
-        for d, suffix in enumerate(suffixes):
-            for level in range(layer.num_layers - 1):
-                unit = every_channel(visible)
-                read = [Place(f"weight_ih_l{level + 1}{s}", 1, unit + d * visible, "in") for s in suffixes]
-                groups.append((f"l{level}{suffix}", [*_made(layer, level, d, unit), *read]))
-        return groups
+        unit = every_channel(visible)
+        levels = []
+        for level in range(layer.num_layers):
+            for d, suffix in enumerate(suffixes):
+                above = suffixes if level + 1 < layer.num_layers else []
+                read = [Place(f"weight_ih_l{level + 1}{s}", 1, unit + d * visible, "in") for s in above]
+                levels.append((f"l{level}{suffix}", [*_made(layer, level, d, unit), *read]))
+        return levels
 
     def cells(self, layer: nn.Module) -> Sequence[tuple[str, Sequence[Place]]]:
         assert isinstance(layer, nn.RNNBase)
@@ -109,6 +116,26 @@ class Recurrent(LayerKind):
         # The forward pass reads this list, not the parameters: a stale one reads freed memory.
         layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
         layer.flatten_parameters()
+
+
+class RecurrentCell(LayerKind):
+    """One step of an LSTM, GRU or RNN, in a loop of the user's own."""
+
+    types = (nn.RNNCellBase,)
+
+    def places(self, layer: nn.Module, role: Role) -> Sequence[Place]:
+        assert isinstance(layer, nn.RNNCellBase)
+        if role == "in":
+            return [Place("weight_ih", 1, every_channel(layer.input_size))]
+        unit = every_channel(layer.hidden_size)
+        gates = layer.weight_hh.shape[0] // layer.hidden_size
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        rows = [place for gate in range(gates) for place in present(layer, names, 0, unit + gate * layer.hidden_size)]
+        return [*rows, Place("weight_hh", 1, unit, "in")]
+
+    def refresh(self, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.RNNCellBase)
+        layer.hidden_size, layer.input_size = layer.weight_hh.shape[1], layer.weight_ih.shape[1]
 
 
 @torch.no_grad()

@@ -1,0 +1,234 @@
+"""What hangs together in a network, by what it computes: the positions of its tensors that live or die together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from lightning_slim.surgery.example import untouched
+from lightning_slim.surgery.operations.positions import Axis, Positions
+from lightning_slim.surgery.operations.record import Watcher, slowly
+from lightning_slim.surgery.operations.recurrent import unrolled
+
+LEAVES = "it reaches an input or an output of the network"
+
+Run = Callable[[], Any]
+
+
+class Place(NamedTuple):
+    """Positions of one component along one axis.
+
+    Attributes:
+        axis: of which tensor.
+        at: the positions, rising.
+        made: whether they are what a weight makes.
+        read: whether they are what a weight reads.
+    """
+
+    axis: Axis
+    at: list[int]
+    made: bool
+    read: bool
+
+
+@dataclass(frozen=True)
+class Component:
+    """Positions that live or die together.
+
+    Attributes:
+        places: where they are.
+        fixed: why they must live; empty if they need not.
+    """
+
+    places: list[Place]
+    fixed: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a network showed while it computed.
+
+    Attributes:
+        components: of all positions that something makes.
+        normalised_by: name of a layer's weight -> name of a weight of the batch norm that alone takes in what it makes.
+        positions: what is known of each.
+        alone: by label, its component before the rows of one axis (heads, groups) had to lose the same columns.
+        parts: grids of labels: equal parts of an axis that is split, every one of which must lose as many.
+    """
+
+    components: list[Component]
+    normalised_by: dict[str, str]
+    positions: Positions
+    alone: Tensor
+    parts: list[Tensor]
+
+    def labels(self, tensor: str, axis: int) -> Tensor:
+        """Of all positions along an axis; none along one of size 1."""
+        found = self._axes.get((tensor, axis))
+        return torch.zeros(0, dtype=torch.long) if found is None else found.labels
+
+    def first_name(self, tensor: str, axis: int) -> str:
+        """Of a tensor's names."""
+        found = self._axes.get((tensor, axis))
+        return tensor if found is None else found.names[0]
+
+    @cached_property
+    def touched(self) -> set[str]:
+        """Names of the tensors that any operation took in."""
+        held = self.positions.of_tensor.items()
+        return {name for key, axes in held if key in self.positions.touched for axis in axes for name in axis.names}
+
+    def is_used(self, tensor: str, axis: int) -> bool:
+        """Whether anything was made or read along an axis."""
+        labels = self.labels(tensor, axis)
+        return bool((self.positions.made | self.positions.read)[labels].any())
+
+    def trains(self, tensor: str, axis: int) -> bool:
+        """Whether anything was made or read along an axis while gradients were on."""
+        return bool(self.positions.trained[self.labels(tensor, axis)].any())
+
+    def places(self, labels: Tensor) -> set[tuple[str, int, int]]:
+        """(tensor, axis, position) of labels, under the first name of each tensor."""
+        held = ((label, self._holders[label]) for label in labels.flatten().tolist() if label > 0)
+        return {(axis.names[0], axis.number, label - axis.first) for label, axis in held}
+
+    def beside(self, tensor: str, axis: int, at: Tensor) -> dict[tuple[str, int], list[int]]:
+        """(tensor, axis) -> positions that hang together with some positions of a tensor, these included."""
+        roots = set(self.alone[self.labels(tensor, axis)[at]].tolist())
+        found: dict[tuple[str, int], list[int]] = {}
+        for label in (label for root in roots for label in self._members[root]):
+            held = self._holders[label]
+            for name in held.names:
+                found.setdefault((name, held.number), []).append(label - held.first)
+        return found
+
+    @property
+    def sites(self) -> Iterable[tuple[str, int]]:
+        """(tensor, axis) of all that is labelled."""
+        return self._axes.keys()
+
+    @cached_property
+    def _axes(self) -> dict[tuple[str, int], Axis]:
+        return {(name, axis.number): axis for axis in self.positions.axes for name in axis.names}
+
+    @cached_property
+    def _holders(self) -> dict[int, Axis]:
+        return {label: axis for axis in self.positions.axes for label in range(axis.first, axis.first + axis.size)}
+
+    @cached_property
+    def _members(self) -> dict[int, list[int]]:
+        members: dict[int, list[int]] = {}
+        for label, root in enumerate(self.alone.tolist()):
+            members.setdefault(root, []).append(label)
+        return members
+
+
+def observe(model: nn.Module, runs: Sequence[Run], networks: Sequence[str] = ("",)) -> Observation:
+    """Lets a network compute, and looks on.
+
+    Args:
+        model: whose positions are followed; its weights, modes, buffers and the random state are left as they are.
+        runs: each lets it compute once, in the modes that it sets.
+        networks: names of the modules whose outputs are used as they are, unless another of them reads these.
+
+    Raises:
+        Exception: whatever the first run raises. A later one may fail: then all is known that came before.
+    """
+    watcher = Watcher(model)
+    with untouched(model), slowly(), unrolled(model, watcher), _leaving(model, watcher, networks):
+        for number, run in enumerate(runs):
+            try:
+                with warnings.catch_warnings(), watcher:
+                    warnings.simplefilter("ignore")
+                    run()
+            except Exception:  # noqa: PERF203 - in train mode, say, a batch of one has no statistics
+                if number == 0:
+                    raise
+    alone = watcher.positions.find(watcher.positions.parent).clone()
+    parts = list(watcher.algebra.parts.values())
+    return Observation(_components(watcher), watcher.normalised(), watcher.positions, alone, parts)
+
+
+@contextmanager
+def _leaving(model: nn.Module, watcher: Watcher, networks: Sequence[str]) -> Iterator[None]:
+    """What the networks return must stay, unless another one is called with it."""
+    positions = watcher.positions
+    told, passed = torch.zeros_like(positions.made), torch.zeros_like(positions.made)
+    depth = [0]
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if depth[0] == 0:
+            note(passed, (args, kwargs))
+        depth[0] += 1
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        depth[0] -= 1
+        if depth[0] == 0:
+            note(told, output)
+
+    def note(flags: Tensor, value: Any) -> None:
+        with _disable_current_modes():
+            for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+                for layer in watcher.of(tensor).layers:
+                    positions.note(flags, layer)
+
+    with ExitStack() as stack:
+        for name in networks:
+            module = model.get_submodule(name)
+            for handle in (
+                module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ):
+                stack.callback(handle.remove)
+        yield
+    positions.block((told & ~passed).nonzero().flatten(), LEAVES)
+
+
+def _in_step(positions: Positions, grid: Tensor) -> None:
+    """Every row must lose the same columns."""
+    for row in grid[1:]:
+        positions.unite(grid[0], row, "view")
+
+
+def _components(watcher: Watcher) -> list[Component]:
+    """Of everything that a weight makes."""
+    positions = watcher.positions
+    for grid in watcher.algebra.rows.values():
+        roots = positions.find(grid)
+        if not bool((roots == roots[:, :1]).all()):  # else whole rows go
+            _in_step(positions, grid)
+    for grid in watcher.algebra.parts.values():
+        roots = positions.find(grid)
+        if len(set(roots.flatten().tolist())) < roots.numel() or bool(
+            (grid <= 0).any()
+        ):  # some of one part hang on another one
+            _in_step(positions, grid)
+    roots = positions.find(positions.parent)
+    made, summed = (torch.zeros_like(positions.made) for _ in range(2))
+    made[roots[positions.made]] = True
+    summed[roots[positions.summed]] = True
+    reasons = positions.reasons()
+    places: dict[int, list[Place]] = {}
+    for axis in positions.axes:
+        own = slice(axis.first, axis.first + axis.size)
+        mine = roots[own]
+        wanted = made[mine]
+        if not bool(wanted.any()):
+            continue
+        at: dict[int, list[int]] = {}
+        for i, root in zip(wanted.nonzero().flatten().tolist(), mine[wanted].tolist(), strict=True):
+            at.setdefault(root, []).append(i)
+        is_made, is_read = (set(mine[flags[own]].tolist()) for flags in (positions.made, positions.read))
+        for root, each in at.items():
+            places.setdefault(root, []).append(Place(axis, each, root in is_made, root in is_read))
+    unseen = "no sum takes it in: it leaves by a way that was not seen"
+    return [Component(found, reasons.get(root, "" if summed[root] else unseen)) for root, found in places.items()]
