@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from lightning_slim.costs import Product
 from lightning_slim.scores import Score
 from lightning_slim.skipping import Skip, skips
 from lightning_slim.surgery import Example, find_blocks
@@ -60,12 +62,14 @@ class Candidates(NamedTuple):
         left_whole: of all else that was found, name -> why it stays whole.
         unreached: layers that no call reached.
         teachers: names of frozen networks beside what trains, which are not what is shipped.
+        products: module -> the products that it was seen to carry out itself.
     """
 
     groups: list[UnitGroup]
     left_whole: dict[str, str]
     unreached: Sequence[str] = ()
     teachers: Sequence[str] = ()
+    products: Mapping[str, Sequence[Product]] = MappingProxyType({})
 
 
 def find_candidates(
@@ -88,7 +92,7 @@ def find_candidates(
         else Candidates([], {})
     )
     left_whole = units.left_whole | blocks.left_whole
-    return Candidates([*units.groups, *blocks.groups], left_whole, found.unreached, found.teachers)
+    return Candidates([*units.groups, *blocks.groups], left_whole, found.unreached, found.teachers, found.products)
 
 
 def _find_units(

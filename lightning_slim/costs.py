@@ -5,10 +5,12 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +31,30 @@ class _Axis:
         return self.size - sum((original[g] - widths[g]) * width for g, width in self.per_unit.items())
 
 
+class Factor(NamedTuple):
+    """One index of a product: it takes fewer values when units go.
+
+    Attributes:
+        size: how many it takes.
+        at: (tensor, axis) -> the positions that these stand for, each as often as it occurs.
+    """
+
+    size: int
+    at: Mapping[tuple[str, int], Tensor]
+
+
+class Product(NamedTuple):
+    """A product of matrices, or a convolution, that a layer carried out.
+
+    Attributes:
+        macs: of it.
+        factors: what these are proportional to.
+    """
+
+    macs: int
+    factors: Sequence[Factor]
+
+
 @dataclass(frozen=True)
 class Work:
     """Multiply-accumulates that shrink as some tensors do.
@@ -38,21 +64,23 @@ class Work:
         tensors: what they are proportional to; to nothing that can shrink, if there is none.
         axis: only the size of this axis counts, not all entries.
         layer: that does it.
+        indices: what they are proportional to instead, all at once.
     """
 
-    macs: int
+    macs: float
     tensors: tuple[str, ...] = ()
     axis: int | None = None
     layer: str = ""
+    indices: tuple[_Axis, ...] = ()
 
 
 @dataclass(frozen=True)
 class Costs:
     """Units, parameters, MACs and bytes of a model as functions of the widths of its groups.
 
-    A layer's MACs are proportional to the entries of its matrices, so they shrink as these do. That is exact for linear
+    The MACs of a product are proportional to each of its indices, as far as it was seen. Otherwise those of a layer are
+    proportional to the entries of its matrices, and those of attention itself to its heads. That is exact for linear
     layers, convolutions and recurrent layers of every kind, as long as the sizes between them (pixels, steps) stay.
-    Those of attention itself are proportional to its heads.
 
     Attributes:
         original: width of every group before anything was cut.
@@ -92,11 +120,21 @@ class Costs:
 
     @classmethod
     def of(
-        cls, model: nn.Module, groups: Iterable[UnitGroup], work: Iterable[Work], apart: Collection[str] = ()
+        cls,
+        model: nn.Module,
+        groups: Iterable[UnitGroup],
+        work: Iterable[Work],
+        apart: Collection[str] = (),
+        products: Mapping[str, Sequence[Product]] = MappingProxyType({}),
     ) -> Costs:
-        """Costs of a model that was not cut yet; `work` comes from `surgery.find_work`.
+        """Costs of a model that was not cut yet.
 
-        What lies in modules that are set apart does not count.
+        Args:
+            model: as it is.
+            groups: all of its groups.
+            work: what `surgery.find_work` found.
+            apart: names of modules; what lies in them does not count.
+            products: layer -> what it was seen to carry out, of those that were seen.
         """
         groups = list(groups)
         tensors = named_tensors(model)
@@ -114,6 +152,7 @@ class Costs:
             }
             for name, by_axis in owned.items()
         }
+        work = _by_index(list(work), products, owned, original)
         work = [replace(each, tensors=tuple(first_name[id(tensors[n])] for n in each.tensors)) for each in work]
         blocks = {path: group.name for group in groups for path in group.blocks}
         inside = {first_name[id(t)] for path in blocks for t in named_tensors(model.get_submodule(path)).values()}
@@ -183,7 +222,11 @@ class Costs:
     def layers_of(self, group: str) -> set[str]:
         """The layers whose work shrinks with a group."""
         touched = {name for name, axes in self.axes.items() if any(group in axis.per_unit for axis in axes.values())}
-        return {each.layer for each in self.work if not touched.isdisjoint(each.tensors)}
+        return {
+            each.layer
+            for each in self.work
+            if not touched.isdisjoint(each.tensors) or any(group in index.per_unit for index in each.indices)
+        }
 
     def ranked(self, importance: Mapping[str, Float[Tensor, "units"]]) -> Costs:
         """The costs where the most important blocks stay; `importance` is in the order of `blocks`."""
@@ -235,6 +278,8 @@ class Costs:
 
     def _share(self, work: Work, widths: Widths) -> float:
         """What stays of it."""
+        if work.indices:
+            return math.prod(index.kept(self.original, widths) / index.size for index in work.indices)
         if work.axis is not None:
             full = sum(self.shapes[tensor][work.axis] for tensor in work.tensors)
             return sum(self._size(tensor, work.axis, widths) for tensor in work.tensors) / full
@@ -247,7 +292,10 @@ class Costs:
             name: {axis: (owner.size, owner.per_unit) for axis, owner in by_axis.items()}
             for name, by_axis in self.axes.items()
         }
-        return {**vars(self), "axes": axes, "work": [vars(each).copy() for each in self.work]}
+        work = [
+            {**vars(each), "indices": [(index.size, index.per_unit) for index in each.indices]} for each in self.work
+        ]
+        return {**vars(self), "axes": axes, "work": work}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Costs:
@@ -257,9 +305,38 @@ class Costs:
             for name, by_axis in state["axes"].items()
         }
         table = {layer: [tuple(entry) for entry in entries] for layer, entries in state["table"].items()}
-        work = [Work(**{**each, "tensors": tuple(each["tensors"])}) for each in state["work"]]
+        work = [
+            Work(**{**each, "tensors": tuple(each["tensors"]), "indices": tuple(_Axis(*i) for i in each["indices"])})
+            for each in state["work"]
+        ]
         sequences = {name: tuple(state[name]) for name in ("buffers", "gone")}
         return cls(**{**state, "axes": axes, "work": work, "table": table, **sequences})
+
+
+def _by_index(
+    work: list[Work],
+    products: Mapping[str, Sequence[Product]],
+    owned: Mapping[str, Mapping[int, Mapping[str, set[int]]]],
+    original: Widths,
+) -> list[Work]:
+    """The work of layers whose products were seen, product by product."""
+    made = [each for each in work if each.layer not in products]
+    for layer in dict.fromkeys(each.layer for each in work if each.layer in products):
+        whole = sum(each.macs for each in work if each.layer == layer)
+        seen = sum(product.macs for product in products[layer])
+        for product in products[layer]:
+            indices = tuple(_index(factor, owned, original) for factor in product.factors)
+            made.append(Work(whole * product.macs / seen, layer=layer, indices=indices))
+    return made
+
+
+def _index(factor: Factor, owned: Mapping[str, Mapping[int, Mapping[str, set[int]]]], original: Widths) -> _Axis:
+    """How many values of an index go with a unit of each group."""
+    per_unit: defaultdict[str, int] = defaultdict(int)
+    for (tensor, axis), at in factor.at.items():
+        for group, positions in owned.get(tensor, {}).get(axis, {}).items():
+            per_unit[group] += int(torch.isin(at, torch.tensor(sorted(positions))).sum())
+    return _Axis(factor.size, {group: count // original[group] for group, count in per_unit.items() if count})
 
 
 def _interpolated(entries: list[tuple[float, float]], share: float) -> float:

@@ -195,7 +195,9 @@ class Pruner:
         """
         calls = workable_calls(self.model, {"": example_inputs} if networks is None else networks)
         wish = Wish(self.witnessed, self.granularity, self.module, self.skip, self.verify)
-        groups, self.left_whole, self.unreached, teachers = find_candidates(self.model, calls, wish, self.agree)
+        found = find_candidates(self.model, calls, wish, self.agree)
+        groups, teachers = found.groups, found.teachers
+        self.left_whole, self.unreached = found.left_whole, found.unreached
         if not groups:
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_whole.items())
             raise ValueError(f"Nothing can be removed from {type(self.model).__name__}. {reasons or NOTHING}.")
@@ -207,7 +209,8 @@ class Pruner:
         if self.compensate == "exact":
             groups = [with_patches(self.model, group) for group in groups]
         work = find_work(self.model, calls, teachers)
-        costs = self.selection.bounded(Costs.of(self.model, groups, work, teachers), self.model, groups)
+        costs = Costs.of(self.model, groups, work, teachers, found.products)
+        costs = self.selection.bounded(costs, self.model, groups)
         whole = {"": example_inputs} if networks is None else networks
         shipped = {name: as_example(call) for name, call in whole.items() if name not in teachers}
         costs = self._measured(costs, groups, Calls(shipped, calls.step))

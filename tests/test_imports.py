@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "input_screener": {"eager", "history", "input_evidence", "ranks", "surgery", "units"},
     "masks": {"flows", "scores", "skipping", "statistics", "weight_norm", "witness"},
     "masker": {"history", "masks", "ranks", "recording", "schedules", "skipping", "surgery", "units"},
-    "candidates": {"scores", "skipping", "surgery", "units"},
+    "candidates": {"costs", "scores", "skipping", "surgery", "units"},
     "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {
         "budgets", "candidates", "checkpoint", "costs", "evidence", "folding", "guards", "history",

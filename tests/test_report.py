@@ -50,7 +50,7 @@ def test_latency_is_measured_on_another_batch_where_one_is_given_and_its_size_is
     model = Mixed()
     of_two = report(model, model, images(0, 2)[0])
     assert of_two.batch_sizes == (2,)
-    of_many = report(model, model, networks={"": images(0, 2)[0]}, timed={"": images(0, 64)[0]})
+    of_many = report(model, model, networks={"": images(0, 2)[0]}, timed=({"": images(0, 64)[0]},) * 2)
     assert of_many.batch_sizes == (64,)
     assert of_many.dense.macs == of_two.dense.macs
     assert of_many.dense.latency_ms > 2 * of_two.dense.latency_ms

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_slim.callbacks.replay import loss_of, unseen, validation_of
 from lightning_slim.capture import capture_calls, capture_results
 from lightning_slim.surgery import Example
-from lightning_slim.surgery.example import SAMPLES, Calls, untouched, whole
+from lightning_slim.surgery.example import SAMPLES, Calls, few_of, untouched, whole
 
 MOST = 8  # calls of one network that are kept: a few branches, not a history
 
@@ -98,7 +98,7 @@ def _smallest(module: LightningModule, batch: Any, batch_idx: int, takes: tuple[
     """A step on few samples of a batch, or on all of them; None if it cannot be taken again at all."""
     batch = tree_map(whole, batch)
     sizes = [leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    for given in ([_few(batch, sizes[0])] if sizes and sizes[0] > SAMPLES else []) + [batch]:
+    for given in ([few_of(batch, sizes[0])] if sizes and sizes[0] > SAMPLES else []) + [batch]:
         step = ReplayedStep(module, (*takes, _Training(module, given, batch_idx)))
         if step.runs():
             return step
@@ -115,11 +115,3 @@ class _Training:
 
 def _copied(batch: Any) -> Any:
     return tree_map(whole, batch)
-
-
-def _few(batch: Any, size: int) -> Any:
-    def few(leaf: Any) -> Any:
-        is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-        return leaf[:SAMPLES].clone() if is_batch else leaf
-
-    return tree_map(few, batch)

@@ -140,11 +140,7 @@ def _workable(network: nn.Module, call: Example) -> Example:
     if batch <= SAMPLES:
         return call if call.samples > 1 else call._replace(samples=max(batch, 1))
 
-    def shrink(leaf: Any) -> Any:
-        is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return leaf[:SAMPLES].clone() if is_batch else leaf
-
-    args, kwargs = tree_map(shrink, (args, kwargs))
+    args, kwargs = few_of((args, kwargs), batch)
     small = Example(args, kwargs, SAMPLES)
     with untouched(network):
         try:
@@ -152,6 +148,16 @@ def _workable(network: nn.Module, call: Example) -> Example:
         except Exception:  # whatever a user's forward raises: the whole call, which it took in training, remains
             return call
     return small
+
+
+def few_of(tree: Any, batch: int) -> Any:
+    """Two samples of all tensors in a tree whose first axis is as long as the batch."""
+
+    def few(leaf: Any) -> Any:
+        is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return leaf[:SAMPLES].clone() if is_batch else leaf
+
+    return tree_map(few, tree)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from lightning_slim.surgery.traced import survey_traced
 from lightning_slim.units import MIN_UNITS, Role, Span, UnitGroup
 from lightning_slim.weight_norm import layer_of, obstacle
 
+FOLLOWED = "a frozen network that is not shipped goes along with it in the step, as a moving average of weights does"
 TEACHER = "it is frozen and teaches others, or runs without gradients"
 
 
@@ -60,8 +62,14 @@ def survey_networks(
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     try:
         seen = observe(model, list(_runs(model, calls)), list(calls))
-    except Exception:  # whatever a network raises, perhaps only while its operations are recorded
-        return survey_traced(model, calls)
+    except Exception as error:  # whatever a network raises, perhaps only while its operations are recorded
+        found = survey_traced(model, calls)  # raises what the network itself raises
+        warnings.warn(
+            f"The operations of {type(model).__name__} could not be recorded ({type(error).__name__}: {error}): what "
+            "can be pruned goes by torch-pruning's graph, which finds less.",
+            stacklevel=2,
+        )
+        return found
     return _Finder(model, seen, frozen, waits_for).find()
 
 
@@ -99,7 +107,7 @@ class _Finder:
         self.order = {name: i for i, name in enumerate(self.modules)}
         self.normalised_by = {layer_of(name): layer_of(norm) for name, norm in seen.normalised_by.items()}
         self.claimed: dict[tuple[str, int], set[int]] = {}
-        self.result = Survey()
+        self.result = Survey(products=seen.products)
         self._sites: dict[str, tuple[set[tuple[str, int]], set[tuple[str, int]]]] = {}
 
     def find(self) -> Survey:
@@ -404,9 +412,16 @@ class _Finder:
             made = [span.tensor for span in group.spans if span.role == "out" and span.tensor in parameters]
             taught = any(self.seen.trains(span.tensor, span.axis) for span in group.spans)
             teaches = any(span.tensor.startswith(inside) for span in group.spans)
-            if teaches or (made and self.frozen.issuperset(made) and not taught):
-                self.result.groups.remove(group)
-                self.result.left_whole[group.name] = TEACHER
+            if teaches and not self.frozen.issuperset(made):
+                self._leave(group, FOLLOWED)
+            elif teaches or (made and self.frozen.issuperset(made) and not taught):
+                self._leave(group, TEACHER)
+
+    def _leave(self, group: UnitGroup, reason: str) -> None:
+        """Leaves a group whole, and all that must keep as many units."""
+        for other in [g for g in self.result.groups if g is group or (group.pack and g.pack == group.pack)]:
+            self.result.groups.remove(other)
+            self.result.left_whole[other.name] = reason
 
     def _teachers(self) -> Iterator[str]:
         """The outermost ones."""
@@ -456,10 +471,10 @@ class _Finder:
             self.result.unreached.append(name)
             for group in list(self.result.groups) if is_first and self.waits_for(name) else ():
                 if any(_count(span.index) == width for span in group.spans if span.role == "in"):
-                    self.result.groups.remove(group)
-                    self.result.left_whole[group.name] = (
+                    self._leave(
+                        group,
                         f"{name} was not reached yet, and may read it, for it reads {width} channels, too: if it does "
-                        f'not, say so by `skip=["{name}"]`'
+                        f'not, say so by `skip=["{name}"]`',
                     )
 
     def _unreached(self) -> Iterator[tuple[str, int, bool]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_slim.costs import Product
 from lightning_slim.surgery.layers import LayerKind, Place, layer_kind
 from lightning_slim.surgery.layers.embedding import Embedding
 from lightning_slim.units import Reader, Role, Span, UnitGroup
@@ -27,6 +28,7 @@ class Survey:
         groups: the units.
         left_whole: layer name -> why its channels stay.
         unreached: layers that the calls did not reach.
+        products: module -> the products that it was seen to carry out itself.
         teachers: frozen networks beside what trains, of whose weights and of those that train none reads what others
             make.
     """
@@ -35,6 +37,7 @@ class Survey:
     left_whole: dict[str, str] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     teachers: list[str] = field(default_factory=list)
+    products: dict[str, list[Product]] = field(default_factory=dict)
 
 
 def makes_channels(module: nn.Module | None) -> bool:

@@ -264,4 +264,4 @@ def _inner_group(model: nn.Module, layer: str, inner: str, places: Sequence[Plac
         spans.append(Span(prefix + tensor, axis, torch.cat(at, 1), role))
         if role == "in" and ".weight_hr" not in tensor:  # what the cells behind projections say is not seen
             readers.append(reader(model, spans[-1], {}, spans[-1].index.shape[1] > 1, prefix))
-    return UnitGroup(f"{join(prefix.rstrip('.'), layer)}.{inner}".lstrip("."), tuple(spans), tuple(readers))
+    return UnitGroup(f"{join(prefix.rstrip('.'), layer)}.{inner}".strip("."), tuple(spans), tuple(readers))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_slim.surgery.example import Example, untouched
+from lightning_slim.surgery.forwards import forwards_replaced
 from lightning_slim.surgery.layers import LayerKind, layer_kind
 
 
@@ -271,17 +272,8 @@ def _opaque(model: nn.Module) -> Iterator[dict[nn.Module, LayerKind]]:
     kinds = {module: kind for module, kind in kinds.items() if type(module) not in strange}
     hidden = {m for layer in kinds for m in layer.modules() if m is not layer}
     kinds = {module: kind for module, kind in kinds.items() if module not in hidden}
-    before = {layer: layer.__dict__.get("forward") for layer in kinds}
-    for layer, kind in kinds.items():
-        layer.__dict__["forward"] = kind.stand_in(layer)
-    try:
+    with forwards_replaced({layer: kind.stand_in(layer) for layer, kind in kinds.items()}):
         yield kinds
-    finally:
-        for layer, forward in before.items():
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = forward
 
 
 class _Traced(nn.Module):

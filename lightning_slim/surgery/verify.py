@@ -186,20 +186,21 @@ def _compare_units(
             _set_modes(modes if any(modes.values()) else dict.fromkeys(modes, True))
             before = outputs(model, calls)
         tried = {module: module.training for module in model.modules()}
-        trains = any(modes.values()) and _runs(model, calls, modes)
     cuts = remove_units(model, groups, plan)
+    failed = ""
     try:
         with _unmixed(model):
             after = outputs(model, calls)
         exactly = outputs(model, calls) if _difference(before, after, calls) else []
-        if trains:
-            _set_modes(modes)
-            outputs(model, calls)
+        if any(modes.values()):
+            failed = _failure_in(model, calls, modes)
     except Exception as error:  # whatever a user's forward raises on other widths
         return _failure(error)
     finally:
         restore(model, cuts)
         _set_modes(tried)
+    if failed and not _failure_in(model, calls, modes):  # else it is not for the cut
+        return failed
     reason = _difference(before, after, calls)
     if not reason:
         return ""
@@ -214,15 +215,15 @@ def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
         module.training = training
 
 
-def _runs(model: nn.Module, calls: Mapping[str, Example], modes: Mapping[nn.Module, bool]) -> bool:
-    """Whether the model can be called with its example in some modes: a batch of one has no batch statistics."""
+def _failure_in(model: nn.Module, calls: Mapping[str, Example], modes: Mapping[nn.Module, bool]) -> str:
+    """How the model fails in some modes, empty if it does not: a batch of one, say, has no batch statistics."""
     with untouched(model):
         _set_modes(modes)
         try:
             outputs(model, calls)
-        except Exception:  # it is the cut that is on trial, not the example
-            return False
-    return True
+        except Exception as error:  # whatever a user's forward raises
+            return _failure(error)
+    return ""
 
 
 def _alone(members: Sequence[UnitGroup]) -> Plan:

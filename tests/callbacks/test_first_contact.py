@@ -109,6 +109,19 @@ def test_a_teacher_that_the_step_moves_itself_is_refused(tmp_path: Path) -> None
         fit(tmp_path, lit)
 
 
+def test_one_that_the_step_itself_moves_is_told_apart_from_a_teacher(tmp_path: Path) -> None:
+    def loss(lit: Lit, x: Tensor, y: Tensor, i: int) -> Tensor:
+        with torch.no_grad():
+            for average, weight in zip(lit.teacher.parameters(), lit.student.parameters(), strict=True):
+                average.lerp_(weight, 0.1)
+            target = lit.teacher(x)
+        return F.mse_loss(lit.student(x), target)
+
+    lit = Lit(loss, student=mlp(6, 16, 3), teacher=mlp(6, 16, 3).requires_grad_(False))
+    with pytest.raises(ValueError, match=r"student\.0: a frozen network .* as a moving average of weights does"):
+        fit(tmp_path, lit)
+
+
 def test_metrics_do_not_hide_the_network(tmp_path: Path) -> None:
     def loss(lit: Lit, x: Tensor, y: Tensor, i: int) -> Tensor:
         logits = lit.net(x)

@@ -210,9 +210,7 @@ def test_the_costs_of_tied_layers_are_counted(name: str) -> None:
     event = pruner.step(0.5)
     assert event is not None
     assert event.params == sum(p.numel() for p in network.parameters())
-    assert event.macs == pytest.approx(
-        sum(count_macs(network, (x[:2],)).values()) / 2, rel=0.01 if name != "transformer" else 0.15
-    )  # attention by hand counts as a whole
+    assert event.macs == pytest.approx(sum(count_macs(network, (x[:2],)).values()) / 2, rel=0.01)
 
 
 def test_a_unit_owns_a_column_of_the_embedding_and_all_of_a_hidden_unit_by_hand() -> None:

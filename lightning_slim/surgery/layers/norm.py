@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,37 +73,36 @@ class LayerNorm(LayerKind):
             layer.normalized_shape = tuple(layer.weight.shape)
 
 
-class SlimLayerNorm(nn.LayerNorm):
-    """What an `nn.LayerNorm` without weights becomes in a network that was cut: it has no tensor that tells its width.
+class _OfAnyWidth:
+    """What a norm without weights becomes in a network that was cut: it has no tensor that tells its width.
 
-    It normalises over its last axis, however wide, and computes the same.
+    It normalises over its last axis, however wide, computes the same, and is printed under its own name.
     """
+
+    eps: Any  # a float; of an RMS norm perhaps None
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Slim")
+
+    def extra_repr(self) -> str:
+        """As wide as its input."""
+        return f"any width, eps={self.eps}, elementwise_affine=False"
+
+
+class SlimLayerNorm(_OfAnyWidth, nn.LayerNorm):
+    """An `nn.LayerNorm` as wide as its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """See `nn.LayerNorm.forward`."""
         return F.layer_norm(input, input.shape[-1:], eps=self.eps)
 
-    def _get_name(self) -> str:
-        return "LayerNorm"
 
-    def extra_repr(self) -> str:
-        """As wide as its input."""
-        return f"any width, eps={self.eps}, elementwise_affine=False"
-
-
-class SlimRMSNorm(nn.RMSNorm):
-    """The same, of an `nn.RMSNorm`."""
+class SlimRMSNorm(_OfAnyWidth, nn.RMSNorm):
+    """An `nn.RMSNorm` as wide as its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.RMSNorm.forward`."""
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
-
-    def _get_name(self) -> str:
-        return "RMSNorm"
-
-    def extra_repr(self) -> str:
-        """As wide as its input."""
-        return f"any width, eps={self.eps}, elementwise_affine=False"
 
 
 OF_ANY_WIDTH: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: SlimLayerNorm, nn.RMSNorm: SlimRMSNorm}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_slim.surgery.operations.labels import Labels, along, compact, fixed, removable, shrink, support
+from lightning_slim.surgery.operations.labels import Labels, compact, fixed, removable, shrink, support
 from lightning_slim.surgery.operations.positions import Positions
 
 VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
@@ -22,6 +22,7 @@ class Algebra:
     Attributes:
         rows: grids of labels (rows, columns): an axis that is looked at as several rows (heads, groups), of which every
             one must lose the same columns.
+        indices: of the last product, the labels of its indices that have any.
         parts: the same, of an axis that is split into equal parts, every one of which must lose as many.
     """
 
@@ -29,6 +30,7 @@ class Algebra:
         self.positions = positions
         self.rows: dict[tuple[int, ...], Tensor] = {}
         self.parts: dict[tuple[int, ...], Tensor] = {}
+        self.indices: list[Tensor] = []
 
     # --- positions meet ---
 
@@ -100,7 +102,7 @@ class Algebra:
     def _left(self, grid: Tensor, axes: set[int], operation: str) -> Tensor:
         """What the labels of a split axis come to when some of the axes that it was split into are summed away."""
         roots, one = self.positions.find(grid), grid.amax(sorted(axes), keepdim=True)
-        if bool((roots == self.positions.find(one)).all()):
+        if bool(((roots == self.positions.find(one)) | (grid == 0)).all()):
             return one
         left = support(grid) - axes
         first = roots
@@ -138,6 +140,7 @@ class Algebra:
                 spread.append(layer.expand([size[c] for c in joint]))
             aligned.append(spread)
         layers = self.meet(aligned[0], aligned[1], operation)
+        self.indices = [compact(layer) for layer in layers if removable(layer)]
         return Labels(self.reduce(layers, {joint.index(c) for c in gone}, False, operation), a.data or b.data)
 
     # --- positions are moved about ---
@@ -226,10 +229,6 @@ class Algebra:
         layer = shrink(torch.cat(spread, axis).expand(shape))
         return Labels([*(x.expand(shape) for x in across), layer], any(labels.data for labels in given))
 
-    def own_axis(self, tensor: Labels, axis: int, shape: Sequence[int]) -> list[Tensor]:
-        """Layers of a vector, such as a bias, along one axis of a larger tensor."""
-        return [along(axis, shrink(layer).contiguous(), shape) for layer in tensor.layers]
-
 
 def _columns(grid: Tensor) -> int:
     """The axis along which the columns lie of labels that were split into rows: neighbours there were neighbours."""
@@ -237,6 +236,6 @@ def _columns(grid: Tensor) -> int:
 
     def gap(axis: int) -> int:
         near = grid[corner].narrow(axis, 0, 1).flatten()[0], grid[corner].narrow(axis, 1, 1).flatten()[0]
-        return abs(int(near[0] - near[1]))
+        return abs(int(near[0] - near[1])) or grid.numel() + int(grid.abs().max())
 
     return min(support(grid), key=gap)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lightning_slim.costs import Factor, Product
 from lightning_slim.surgery.example import untouched
 from lightning_slim.surgery.operations.positions import Axis, Positions
 from lightning_slim.surgery.operations.record import Watcher, slowly
@@ -63,6 +64,7 @@ class Observation:
         positions: what is known of each.
         alone: by label, its component before the rows of one axis (heads, groups) had to lose the same columns.
         parts: grids of labels: equal parts of an axis that is split, every one of which must lose as many.
+        products: module -> what it carried out itself in eval mode.
     """
 
     components: list[Component]
@@ -70,6 +72,7 @@ class Observation:
     positions: Positions
     alone: Tensor
     parts: list[Tensor]
+    products: dict[str, list[Product]]
 
     def labels(self, tensor: str, axis: int) -> Tensor:
         """Of all positions along an axis; none along one of size 1."""
@@ -144,7 +147,13 @@ def observe(model: nn.Module, runs: Sequence[Run], networks: Sequence[str] = (""
         Exception: whatever the first run raises. A later one may fail: then all is known that came before.
     """
     watcher = Watcher(model)
-    with untouched(model), slowly(), unrolled(model, watcher), _leaving(model, watcher, networks):
+    with (
+        untouched(model),
+        slowly(),
+        unrolled(model, watcher),
+        _placed(model, watcher),
+        _leaving(model, watcher, networks),
+    ):
         for number, run in enumerate(runs):
             try:
                 with warnings.catch_warnings(), watcher:
@@ -155,7 +164,50 @@ def observe(model: nn.Module, runs: Sequence[Run], networks: Sequence[str] = (""
                     raise
     alone = watcher.positions.find(watcher.positions.parent).clone()
     parts = list(watcher.algebra.parts.values())
-    return Observation(_components(watcher), watcher.normalised(), watcher.positions, alone, parts)
+    components = _components(watcher)
+    return Observation(components, watcher.normalised(), watcher.positions, alone, parts, _products(watcher))
+
+
+def _products(watcher: Watcher) -> dict[str, list[Product]]:
+    """Module -> its products, with the indices that go with positions."""
+    axes = watcher.positions.axes
+    firsts = torch.tensor([axis.first for axis in axes])
+    found: dict[str, list[Product]] = {}
+    for module, macs, indices in watcher.products:
+        factors = []
+        for labels in indices:
+            flat = labels.flatten()
+            held = torch.searchsorted(firsts, flat[flat > 0], right=True) - 1
+            at = {
+                (axes[i].names[0], axes[i].number): flat[flat > 0][held == i] - axes[i].first
+                for i in held.unique().tolist()  # type: ignore[no-untyped-call]
+            }
+            factors.append(Factor(flat.numel(), at))
+        if macs:
+            found.setdefault(module, []).append(Product(macs, factors))
+    return found
+
+
+@contextmanager
+def _placed(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """The watcher knows which module is running."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # has no such hooks: what holds it is running
+                continue
+
+            def enter(_: nn.Module, args: Any, name: str = name) -> None:
+                watcher.within.append(name)
+
+            def leave(_: nn.Module, args: Any, output: Any) -> None:
+                watcher.within.pop()
+
+            for handle in (
+                module.register_forward_pre_hook(enter, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ):
+                stack.callback(handle.remove)
+        yield
 
 
 @contextmanager

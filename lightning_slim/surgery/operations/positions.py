@@ -79,11 +79,11 @@ class Positions:
     def find(self, labels: Tensor) -> Tensor:
         """The set of each label, as one of its members; 0 of labels that are none."""
         labels = labels.clamp(min=0)
-        while True:
-            up = self.parent[labels]
-            if torch.equal(up, labels):
-                return up
-            labels = up
+        found, up = labels, self.parent[labels]
+        while not torch.equal(up, found):
+            found, up = up, self.parent[up]
+        self.parent[labels] = up  # the next time it is one step
+        return up
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Joins the sets of positive labels, pair by pair."""
@@ -92,7 +92,8 @@ class Positions:
         if not pairs.numel():
             return
         moved: dict[int, int] = {}
-        for x, y in torch.unique(pairs, dim=1).t().tolist():  # roots of their own; what moved since is in `moved`
+        keys = torch.unique(pairs[0] * len(self.parent) + pairs[1])
+        for x, y in (divmod(key, len(self.parent)) for key in keys.tolist()):  # what moved since is in `moved`
             while x in moved:
                 x = moved[x]
             while y in moved:
@@ -100,7 +101,6 @@ class Positions:
             if x != y:
                 moved[max(x, y)] = min(x, y)
         self.parent[list(moved)] = torch.tensor(list(moved.values()), dtype=torch.long)
-        self.parent = self.find(self.parent)
 
     def unite(self, a: Tensor, b: Tensor, operation: str) -> None:
         """Positions that meet live or die together; with one that must stay, they stay."""

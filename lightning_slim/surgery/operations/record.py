@@ -13,12 +13,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from lightning_slim.eager import eagerly
 from lightning_slim.surgery.operations.algebra import Algebra
 from lightning_slim.surgery.operations.labels import Labels, along, distinct, fixed, shrink, support
 from lightning_slim.surgery.operations.positions import Positions
-from lightning_slim.surgery.operations.rules import Operation, Rules
+from lightning_slim.surgery.operations.rules import MOVES, PRODUCTS, Operation, Rules
 
 CLEAN_EVERY = 256  # operations: labels of tensors that are gone are dropped
 
@@ -44,10 +45,13 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
         self.positions = Positions(model)
         self.algebra = Algebra(self.positions)
         self.rules = Rules(self.algebra)
         self.operations = 0
+        self.within: list[str] = []  # modules that are running, the innermost last
+        self.products: list[tuple[str, int, list[Tensor]]] = []  # module, multiply-accumulates, labels of the indices
         self._trails: dict[int, _Trail] = {}  # memory -> what is known of a weighted sum that lies there
         self._normalised: dict[int, set[int]] = {}  # weight -> norms that alone take in what it makes; 0: anything else
         self._labels: dict[int, dict[View, Labels]] = {}
@@ -90,7 +94,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch._C._current_graph_task_id() != -1:  # the backward pass says nothing new
+        if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():  # a backward pass says nothing new
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd has taken these apart
             with self:
@@ -98,8 +102,10 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._overloadpacket.__name__
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         labelled = [tensor for tensor in given if _is_strided(tensor)]
+        before = {
+            id(tensor): self.of(tensor) for tensor in labelled
+        }  # an operation may write to it, or change its shape
         for tensor in labelled:
-            self.of(tensor)  # known before the operation may write to it
             self._walk_on(tensor, name, args)
             stored = self._stored.get(_memory(tensor))
             if stored is not None and (name != "clone" or isinstance(stored, nn.Parameter)):  # buffers are put aside
@@ -112,10 +118,13 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.positions.block(layer, f"it meets a sparse or nested tensor in `{name}`")
             return out
         plain = name.rstrip("_") if in_place else name
-        made = self.rules.apply(Operation(func, plain, args, kwargs, results, self.of))
+        writes = (in_place and plain not in MOVES) or "out" in kwargs  # `squeeze_` and the like only look anew
+        made = self.rules.apply(Operation(func, plain, args, kwargs, results, lambda tensor: before[id(tensor)]))
+        if plain in PRODUCTS or plain == "convolution":
+            self._count(func, args, kwargs, out)
         for tensor, labels in zip(results, made, strict=True):
             labels = Labels(distinct(labels.layers), labels.data)
-            (self.write if in_place or "out" in kwargs else self.put)(tensor, labels)
+            (self.write if writes else self.put)(tensor, labels)
         if plain in ("convolution", "addmm", "mm") and not in_place:
             weight = next((id(self._parameter(t)) for t in args if isinstance(t, Tensor) and self._is_matrix(t)), 0)
             self._trails[_memory(results[0])] = _Trail(weight)
@@ -126,6 +135,12 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._end(memory)
         return out
 
+    def _count(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Notes a product, as far as torch counts its floating-point operations (two are one multiply-accumulate)."""
+        if not self.model.training and (flops := flop_registry.get(func._overloadpacket)) is not None:
+            macs = flops(*args, **kwargs, out_val=out) // 2
+            self.products.append((self.within[-1] if self.within else "", macs, list(self.algebra.indices)))
+
     # --- which batch norm follows which weight ---
 
     def _is_matrix(self, tensor: Tensor) -> bool:
@@ -133,7 +148,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _parameter(self, tensor: Tensor) -> Tensor:
         """The parameter that a tensor is, or is the transpose of."""
-        return self._stored.get(_memory(tensor), tensor)
+        return self._stored.get(_memory(tensor), tensor) if _is_strided(tensor) else tensor
 
     def _walk_on(self, tensor: Tensor, name: str, args: Sequence[Any]) -> None:
         trail = self._trails.get(_memory(tensor))

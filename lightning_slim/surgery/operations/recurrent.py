@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lightning_slim.surgery.forwards import forwards_replaced
 from lightning_slim.surgery.layers.base import Place
 from lightning_slim.surgery.layers.recurrent import Recurrent
 from lightning_slim.surgery.operations.labels import Labels, along, compact, fixed, removable, support
@@ -24,17 +25,8 @@ KIND = Recurrent()
 def unrolled(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Recurrent layers tell the watcher what they did, for the time being."""
     layers = [m for m in model.modules() if isinstance(m, nn.RNNBase) and _is_plain(m)]
-    before = {layer: layer.__dict__.get("forward") for layer in layers}
-    for layer in layers:
-        layer.__dict__["forward"] = _told(layer, layer.forward, watcher)
-    try:
+    with forwards_replaced({layer: _told(layer, layer.forward, watcher) for layer in layers}):
         yield
-    finally:
-        for layer, forward in before.items():
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = forward
 
 
 def _is_plain(layer: nn.RNNBase) -> bool:

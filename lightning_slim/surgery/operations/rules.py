@@ -50,6 +50,7 @@ SPATIAL = names(
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_bilinear2d
     _upsample_bilinear2d_aa upsample_bicubic2d upsample_linear1d upsample_trilinear3d _adaptive_avg_pool3d"""
 )
+WINDOWS = {"avg_pool2d", "avg_pool3d"}
 PRODUCTS = {
     "mm": "ik,kj->ij",
     "bmm": "bik,bkj->bij",
@@ -124,7 +125,11 @@ class Rules:
             made = self._apply(op)
         except (RuntimeError, ValueError, IndexError, TypeError):  # of labels, where the operation itself went well
             return self._unknown(op)
-        return made if len(made) == len(op.results) else self._unknown(op)
+        shapes = [[layer.shape for layer in labels.layers] for labels in made]
+        fits = len(made) == len(op.results) and all(
+            shape == result.shape for of_result, result in zip(shapes, op.results, strict=True) for shape in of_result
+        )
+        return made if fits else self._unknown(op)
 
     def _apply(self, op: Operation) -> list[Labels]:
         name, tensors = op.name, op.tensors
@@ -138,6 +143,8 @@ class Rules:
         if name == "copy":
             source = op.of(tensors[1])
             return [Labels([x.expand(op.shape) for x in source.layers], source.data)]
+        if name == "as_strided":
+            return [self._strided(op, first)]
         if name in MOVES:
             moved = self.algebra.move(op.function, first, op.args, op.kwargs, name) or [[] for _ in op.results]
             return [Labels(layers, first.data) for layers in moved]
@@ -161,7 +168,8 @@ class Rules:
         if name in REDUCES and len(tensors) == 1:
             return self._reduce(op, first)
         if name in SPATIAL and tensors[0].dim() == len(op.shape) > 2:
-            return [Labels(self.algebra.spatial(first.layers, op.shape, name), first.data) for _ in op.results]
+            kept, rest = self._neighbours(op, first) if name in WINDOWS else ([], first.layers)
+            return [Labels(kept + self.algebra.spatial(rest, op.shape, name), first.data) for _ in op.results]
         if name in ("view_as_complex", "view_as_real"):
             return [Labels(self._complex(op, first), first.data)]
         if name in ORDERS or name in TRANSFORMS:
@@ -192,6 +200,42 @@ class Rules:
             for layer in (x for t in op.tensors for x in op.of(t).layers if removable(x)):
                 self.positions.block(layer, f"it meets `{op.name}`, which is not understood")
         return [Labels(fixed(r.shape), any(op.of(t).data for t in op.tensors)) for r in op.results]
+
+    def _neighbours(self, op: Operation, first: Labels) -> tuple[list[Tensor], list[Tensor]]:
+        """Layers of what is averaged with its neighbours, as in a local response norm, and all others."""
+        kernel, stride = op.args[1], op.argument(2, "stride", ()) or op.args[1]
+        kept, rest = [], []
+        for layer in first.layers:
+            axes = support(layer)
+            axis = next(iter(axes)) if len(axes) == 1 else 0
+            at = axis - layer.dim() + len(kernel)
+            if (
+                removable(layer)
+                and at >= 0
+                and stride[at] == 1
+                and op.shape[axis] <= layer.shape[axis] - kernel[at] + 1
+            ):
+                self.positions.note(self.positions.mixed, layer)
+                middle = compact(layer).narrow(axis, kernel[at] // 2, op.shape[axis])
+                kept.append(middle.expand(op.shape))
+            else:
+                rest.append(layer)
+        return kept, rest
+
+    @staticmethod
+    def _strided(op: Operation, first: Labels) -> Labels:
+        """Other strides over the same memory. If the tensor itself got them, those that it had are not known."""
+        x, made = op.tensors[0], op.results[0]
+        if all(layer.shape == made.shape for layer in first.layers):
+            return first
+        if x is made:
+            raise ValueError(f"Expected the shape {tuple(first.layers[0].shape)}, got {tuple(made.shape)}.")
+        start, layers = x.storage_offset(), []
+        for layer in first.layers:
+            memory = torch.zeros(x.untyped_storage().nbytes() // x.element_size(), dtype=torch.long)
+            memory.as_strided(x.shape, x.stride(), start).copy_(layer)
+            layers.append(shrink(memory.as_strided(made.shape, made.stride(), made.storage_offset()).clone()))
+        return Labels(layers, first.data)
 
     def _meet_all(self, op: Operation) -> Labels:
         """Position by position."""
@@ -322,6 +366,7 @@ class Rules:
         if transposed:
             rows = [y.repeat_interleave(times) for y in rows]
         repeated = [shrink(y.repeat_interleave(times, 1)) for y in data.layers]
+        self.algebra.indices = [compact(y) for y in (rows or repeated)[:1] if removable(y)]
         return self.algebra.meet(repeated, [y.reshape(1, shape[1]).expand(shape) for y in rows], "convolution")
 
     def _grouped(
