@@ -208,7 +208,7 @@ def test_units_below_the_threshold_are_exactly_zero_and_can_go(network: str) -> 
     norms = regularizer.norms()
     name = regularizer.groups[0].name
     fan = rows(model, regularizer.groups[0], None).shape[1]
-    threshold = float(norms[name].median()) / math.sqrt(fan)
+    threshold = 1.0001 * float(norms[name].median()) / math.sqrt(fan)  # whatever the last digit of the median is
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     regularizer.shrink(optimizer, threshold / 0.5)
     assert torch.equal(regularizer.norms()[name] == 0, norms[name] <= norms[name].median())

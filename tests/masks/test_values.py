@@ -121,7 +121,7 @@ def test_lamp_by_hand() -> None:
     expected = torch.tensor([[1 / 31, 9 / 25, 0.0], [4 / 29, 1 / 31, 1.0]])
     torch.testing.assert_close(WeightLamp()(weight, weight).float(), expected)
     conv = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
-    assert torch.equal(WeightLamp()(conv, conv), WeightLamp()(conv.contiguous(), conv))
+    torch.testing.assert_close(WeightLamp()(conv, conv), WeightLamp()(conv.contiguous(), conv))
 
 
 def test_lamp_under_one_threshold_shares_out_as_in_the_paper() -> None:

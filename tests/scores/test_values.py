@@ -40,22 +40,22 @@ def of(*readings: Reading) -> Evidence:
 
 def test_activation_mean_is_the_absolute_mean_of_what_arrives() -> None:
     once = reading(ROWS, torch.ones(2, 4))
-    assert ActivationMean()(of(once)).importance.tolist() == [2.0, 3.0]
+    assert ActivationMean()(of(once)).importance.tolist() == pytest.approx([2.0, 3.0])
     again = reading(-3 * ROWS, torch.ones(2, 1))
-    assert ActivationMean()(of(once, again)).importance.tolist() == [4.0, 6.0]
+    assert ActivationMean()(of(once, again)).importance.tolist() == pytest.approx([4.0, 6.0])
 
 
 def test_activation_std_is_the_spread_of_what_arrives() -> None:
     once = reading(ROWS, torch.ones(2, 4))
-    assert ActivationStd()(of(once)).importance.tolist() == [1.0, 3.0]
+    assert ActivationStd()(of(once)).importance.tolist() == pytest.approx([1.0, 3.0])
     again = reading(-3 * ROWS + 7, torch.ones(2, 1))
-    assert ActivationStd()(of(once, again)).importance.tolist() == [2.0, 6.0]
+    assert ActivationStd()(of(once, again)).importance.tolist() == pytest.approx([2.0, 6.0])
 
 
 def test_channels_of_a_head_count_together() -> None:
     """Head 0 has the channels of ROWS, head 1 twice these."""
     heads = reading(torch.cat([ROWS, 2 * ROWS], 1), torch.ones(4, 1), channels=2)
-    assert ActivationMean()(of(heads)).importance.tolist() == [2.5, 5.0]
+    assert ActivationMean()(of(heads)).importance.tolist() == pytest.approx([2.5, 5.0])
     expected = torch.tensor([5.0, 20.0], dtype=torch.float64).sqrt()  # of (1 + 9) / 2, four times that
     torch.testing.assert_close(ActivationStd()(of(heads)).importance, expected)
 
@@ -81,7 +81,7 @@ def test_magnitude_times_std_is_the_spread_of_a_units_share_in_what_its_readers_
 
 def test_magnitude_times_std_by_hand() -> None:
     weight = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
-    assert MagnitudeTimesStd()(of(reading(ROWS, weight))).importance.tolist() == [5.0, 3.0]
+    assert MagnitudeTimesStd()(of(reading(ROWS, weight))).importance.tolist() == pytest.approx([5.0, 3.0])
     twice = of(reading(ROWS, weight), reading(ROWS, weight))
     torch.testing.assert_close(MagnitudeTimesStd()(twice).importance, torch.tensor([5.0, 3.0]).double() * 2**0.5)
 
@@ -124,8 +124,10 @@ def test_lamp_is_the_share_among_all_that_are_no_smaller() -> None:
 def test_batch_norm_scale_is_the_mean_over_norms_and_magnitude_where_there_are_none() -> None:
     weights = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     given = Evidence(weights, scales=torch.tensor([[0.5, 1.5], [2.0, 4.0]]))
-    assert BatchNormScale()(given).importance.tolist() == [1.0, 3.0]
-    assert BatchNormScale()(Evidence(weights, scales=torch.zeros(2, 0))).importance.tolist() == [5.0, 1.0]
+    assert BatchNormScale()(given).importance.tolist() == pytest.approx([1.0, 3.0])
+    assert BatchNormScale()(Evidence(weights, scales=torch.zeros(2, 0))).importance.tolist() == pytest.approx(
+        [5.0, 1.0]
+    )
 
 
 def test_fisher_is_the_recorded_information() -> None:

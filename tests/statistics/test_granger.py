@@ -118,7 +118,7 @@ def test_the_first_choices_are_those_of_the_whole_order() -> None:
     for keep in (0, 1, 4, 6):
         first = forward_selection(both, 6, keep=keep)
         assert torch.equal(first.order, whole.order[:keep])
-        assert torch.equal(first.gains, whole.gains[:keep])
+        torch.testing.assert_close(first.gains, whole.gains[:keep])  # products of other strides
     with pytest.raises(ValueError, match="expected to keep 0 to 6 units, got 7"):
         forward_selection(both, 6, keep=7)
 
