@@ -69,7 +69,9 @@ def forward_selection(regressions: Sequence[Regression], units: int, keep: int |
     keep = units if keep is None else keep
     if not 0 <= keep <= units:
         raise ValueError(f"expected to keep 0 to {units} units, got {keep}.")
-    states = [_Pivoted(regression, units, keep) for regression in regressions]
+    states = [
+        (_Scalars if len(regression.gram) == units else _Blocks)(regression, units, keep) for regression in regressions
+    ]
     order: list[int] = []
     gains: list[Tensor] = []
     left = torch.ones(units, dtype=torch.bool, device=states[0].device)
@@ -85,8 +87,35 @@ def forward_selection(regressions: Sequence[Regression], units: int, keep: int |
     return ForwardSelection(chosen, torch.stack(gains).cpu() if gains else torch.zeros(0, dtype=torch.float64))
 
 
-class _Pivoted:
-    """A block-pivoted Cholesky factorisation under way: what is known of each unit, given the chosen ones."""
+class _Scalars:
+    """A pivoted Cholesky factorisation under way, of one column a unit: what is known of each, given those chosen."""
+
+    def __init__(self, regression: Regression, units: int, keep: int) -> None:
+        self.gram, self.cross = of_unit_variance(regression)
+        self.device = self.gram.device
+        self.left = self.gram.diagonal().clone()  # variance of each unit, given the chosen
+        self.scale = 1 / max(regression.variance, 1e-300)
+        self.factor = self.gram.new_zeros(keep, units)
+        self.chosen = 0
+
+    def gains(self) -> Float[Tensor, "units"]:
+        gains = torch.linalg.vecdot(self.cross, self.cross).mul_(self.scale).div_(self.left)
+        return torch.where(self.left > 0, gains, 0.0)
+
+    def choose(self, unit: int) -> None:
+        """Conditions every unit on `unit` as well."""
+        known, new = self.factor[: self.chosen], self.factor[self.chosen]
+        torch.sub(self.gram[unit], known[:, unit] @ known, out=new)
+        root = self.left[unit].sqrt()
+        new /= root
+        self.chosen += 1
+        self.cross.addr_(new, self.cross[unit] / root, alpha=-1)
+        self.left.addcmul_(new, new, value=-1)
+        self.left[unit] = 1.0
+
+
+class _Blocks:
+    """The same, of several columns a unit."""
 
     def __init__(self, regression: Regression, units: int, keep: int) -> None:
         self.gram, cross = of_unit_variance(regression)
