@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.costs import Costs, Widths
 from lightning_slim.monitor import Mode, Monitor
@@ -59,17 +60,15 @@ class AccuracyBudget(Budget):
     monitored: ClassVar[bool] = True
 
     @property
-    def fraction(self) -> float:  # type: ignore[override]
-        """The least that may remain."""
+    def fraction(self) -> float | None:  # type: ignore[override]
+        """The least that may remain; None where that is a figure."""
         return self.of.fraction
 
     def count(self, costs: Costs, widths: Widths) -> float:
         return self.of.count(costs, widths)
 
     def __post_init__(self) -> None:
-        Monitor(self.monitor, self.mode)
-        if self.on_failure not in ("halve", "stop"):
-            raise ValueError(f'Expected `on_failure` to be "halve" or "stop", got {self.on_failure!r}.')
+        check_fields(self)
         if not (self.max_drop >= 0 and math.isfinite(self.max_drop)):
             raise ValueError(
                 f"Expected a finite `max_drop` of at least 0, in the unit of {self.monitor!r}, got {self.max_drop}."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.costs import Costs, Widths
 
 
@@ -13,26 +15,41 @@ class Budget(ABC):
     """What may remain of the ORIGINAL when pruning is over. It never compounds: 0.5 is half, once.
 
     Attributes:
-        fraction: of the original, in (0, 1].
-        absolute: instead of the fraction, a figure in the budget's own unit; None goes by the fraction.
+        fraction: of the original, in (0, 1]; 0.5 if no figure is given either, None beside one.
+        absolute: instead of the fraction, a figure in the budget's own unit.
         open_ended: whether pruning may end before so little is left.
         monitored: whether a metric says how much may remain, so that only a callback can prune by it.
     """
 
-    fraction: float
+    fraction: float | None
     absolute: float | None = None
     open_ended: ClassVar[bool] = False
     monitored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         kind = type(self).__name__
-        if not 0 < self.fraction <= 1:
+        if self.fraction is not None and self.absolute is not None:
             raise ValueError(
-                f"Expected a fraction in (0, 1] of the original that may remain, got {kind}({self.fraction}): "
+                f"Expected `fraction` or `absolute`, got both in {self}: write {kind}({self.fraction}), or "
+                f"{kind}(absolute={self.absolute}); in YAML, one of them and `null` for the other."
+            )
+        if self.absolute is not None and not 0 < self.absolute < math.inf:
+            raise ValueError(
+                f"Expected a figure above 0 that may remain, got {self}: a fraction of the original is {kind}(0.5)."
+            )
+        if self.absolute is None and self.fraction is None:
+            object.__setattr__(self, "fraction", 0.5)
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"Expected a fraction in (0, 1] of the original that may remain, got {self}: "
                 f"{kind}(0.5) leaves half, and {kind}(absolute=...) is for a figure."
             )
-        if self.absolute is not None and not self.absolute > 0:
-            raise ValueError(f"Expected a figure above 0 that may remain, got {kind}(absolute={self.absolute}).")
+
+    def __repr__(self) -> str:
+        given = [] if self.fraction is None else [f"{self.fraction!r}"]
+        given += [] if self.absolute is None else [f"absolute={self.absolute!r}"]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @abstractmethod
     def count(self, costs: Costs, widths: Widths) -> float:
@@ -48,10 +65,13 @@ class Budget(ABC):
 
     def target(self, costs: Costs) -> float:
         """Fraction of the original that may remain in the end; above 1 if the figure is above that of the original."""
-        return self.fraction if self.absolute is None else self.absolute / self.whole(costs)
+        if self.absolute is not None:
+            return self.absolute / self.whole(costs)
+        assert self.fraction is not None
+        return self.fraction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Units(Budget):
     """Prunable units that may remain.
 
@@ -60,14 +80,14 @@ class Units(Budget):
         absolute: instead, their number.
     """
 
-    fraction: float = 0.5
+    fraction: float | None = None
     absolute: float | None = None
 
     def count(self, costs: Costs, widths: Widths) -> float:
         return costs.units(widths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Params(Budget):
     """Parameters that may remain; those of layers left whole count too.
 
@@ -76,14 +96,14 @@ class Params(Budget):
         absolute: instead, their number, such as 200_000.
     """
 
-    fraction: float = 0.5
+    fraction: float | None = None
     absolute: float | None = None
 
     def count(self, costs: Costs, widths: Widths) -> float:
         return costs.params(widths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MACs(Budget):
     """Multiply-accumulates of a forward pass of one sample that may remain; those of layers left whole count too.
 
@@ -92,14 +112,14 @@ class MACs(Budget):
         absolute: instead, their number, such as 1e6.
     """
 
-    fraction: float = 0.5
+    fraction: float | None = None
     absolute: float | None = None
 
     def count(self, costs: Costs, widths: Widths) -> float:
         return costs.macs(widths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bytes(Budget):
     """Bytes of the state dict's tensors that may remain, buffers included; a tied tensor counts once.
 
@@ -108,14 +128,14 @@ class Bytes(Budget):
         absolute: instead, their number, such as 2**20 for a mebibyte.
     """
 
-    fraction: float = 0.5
+    fraction: float | None = None
     absolute: float | None = None
 
     def count(self, costs: Costs, widths: Widths) -> float:
         return costs.bytes(widths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Latency(Budget):
     """Time of a forward pass of one batch that may remain, on this machine: CPU time of one thread.
 
@@ -131,7 +151,7 @@ class Latency(Budget):
         absolute: instead, milliseconds.
     """
 
-    fraction: float = 0.5
+    fraction: float | None = None
     absolute: float | None = None
 
     def count(self, costs: Costs, widths: Widths) -> float:
@@ -153,6 +173,7 @@ class Significant(Budget):
     open_ended: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.alpha < 1:
             raise ValueError(f"Expected `alpha` between 0 and 1, got {self.alpha}: 0.05 is common.")
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.scores import Calibration, Magnitude, Score
 from lightning_slim.statistics import adjusted_log_p
 
@@ -22,6 +23,9 @@ class Guard:
     """
 
     fallback: Score | None = field(default_factory=Magnitude)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def no_signal(calibration: Calibration, columns: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.eager import hooked
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import InputEvidence, Method, choose, test_for
@@ -49,6 +50,7 @@ class InputScreener:
         names: Sequence[str],
         compensate: Literal["mean", "none"],
     ) -> None:
+        check_arguments(InputScreener, locals())
         self.model, self.method, self.alpha, self.lags, self.overlap = model, method, alpha, lags, overlap
         self.min_inputs, self.protect, self.names, self.compensate = min_inputs, protect, list(names), compensate
         self.calls: dict[str, Example] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.history import MaskEvent
 from lightning_slim.masks import (
     LAYERS,
@@ -35,7 +36,7 @@ from lightning_slim.masks import (
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import InputRecorder
 from lightning_slim.schedules import Cubic, Schedule
-from lightning_slim.skipping import Skip, check_skip
+from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import StructureChange
 from lightning_slim.units import blocks_gone, positions_gone
 
@@ -87,6 +88,7 @@ class Masker:
         regrow: Regrowth | None = None,
         seed: int = 0,
     ) -> None:
+        check_arguments(Masker, locals())
         self.pattern = pattern or Unstructured()
         self.distribution = distribution or Uniform()
         self.sparsity = sparsity_of(self.pattern, sparsity, self.distribution)
@@ -160,7 +162,8 @@ class Masker:
         Raises:
             ValueError: nothing can be masked, or a weight does not fit the pattern or the score.
         """
-        check_skip(self.model, [*self.skip, *([self.module] if self.module else [])])
+        check_skip(self.model, self.skip)
+        check_module(self.model, self.module)
         weights = find_weights(self.model, self.module, self.skip)
         if loss is not None and not self.mask_last:
             self.last |= find_last(loss, weights)

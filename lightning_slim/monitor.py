@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from lightning_slim.arguments import check_fields
 
 Mode = Literal["min", "max"]
 Metrics = dict[str, float]  # name -> value
@@ -28,8 +30,7 @@ class Monitor:
     mode: Mode
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f'Expected `mode` to be "min" or "max", got {self.mode!r}.')
+        check_fields(self)
 
     def of(self, metrics: Mapping[str, float]) -> float:
         """Its value.

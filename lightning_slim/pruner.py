@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.budgets import Budget, Latency, MACs, Significant
 from lightning_slim.candidates import Granularity, Wish, find_candidates
 from lightning_slim.checkpoint import remember_cut
@@ -30,7 +31,7 @@ from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Combined, Evidence, Score, UnitScores
 from lightning_slim.selection import Selection, comparable, plan_for, steepness
-from lightning_slim.skipping import Skip, check_skip
+from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import (
     Example,
     StructureChange,
@@ -68,7 +69,20 @@ NOTHING = "It has no layers that can be cut, and no residual blocks"
 
 
 class NoEffectWarning(UserWarning):
-    """Nothing was removed where something should have been."""
+    """What was asked for changes nothing: nothing to remove, no signal, or no past to look back on."""
+
+
+def level_of_significance(score: Score, budget: Budget | None, protect_significant: float | None) -> float | None:
+    """The share of significant units that may be so by chance; None if significance does not matter."""
+    if protect_significant is not None and not 0 < protect_significant < 1:
+        raise ValueError(f"Expected `protect_significant` between 0 and 1, got {protect_significant}: 0.05 is common.")
+    alpha = budget.alpha if isinstance(budget, Significant) else protect_significant
+    if alpha is not None and not score.tests:
+        raise ValueError(
+            f"Expected a score with p-values to find significant units, got {score}: choose `Granger()`, "
+            "`Screening()` or `RandomGates()`."
+        )
+    return alpha
 
 
 class Pruner:
@@ -124,23 +138,13 @@ class Pruner:
         protect_significant: float | None = None,
         open_ended: bool = False,
     ) -> None:
-        if granularity not in ("units", "layers", "both"):
-            raise ValueError(f'Expected `granularity` to be "units", "layers" or "both", got {granularity!r}.')
-        if compensate not in get_args(Compensate):
-            raise ValueError(f"Expected `compensate` to be one of {get_args(Compensate)}, got {compensate!r}.")
-        if protect_significant is not None and not 0 < protect_significant < 1:
-            raise ValueError(f"Expected `protect_significant` between 0 and 1, got {protect_significant}.")
+        check_arguments(Pruner, locals())
         if budget is not None and budget.monitored:
             raise ValueError(
                 f"Expected a budget that says how much may remain, got {budget}: it goes by a metric, which only the "
                 "callback `Prune` hears."
             )
-        self.alpha = budget.alpha if isinstance(budget, Significant) else protect_significant
-        if self.alpha is not None and not score.tests:
-            raise ValueError(
-                f"Expected a score with p-values to find significant units, got {score}: choose `Granger()`, "
-                "`Screening()` or `RandomGates()`."
-            )
+        self.alpha = level_of_significance(score, budget, protect_significant)
         self.model = model
         self.score, self.guard = score, guard
         fallback = guard.fallback if guard is not None else None
@@ -174,11 +178,12 @@ class Pruner:
         self._original_shapes: dict[str, list[int]] = {}
         self._shapes: dict[str, list[int]] = {}  # as this pruner left them
         self._without_signal: set[str] = set()  # groups that a warning was given for
+        self._warned_of_short_series = False
         self._gone: set[str] = set()  # blocks that this pruner took out
         self._costs: Costs | None = None
         self._recorder: Recorder | None = None
         check_skip(model, self.skip)
-        check_skip(model, [module] if module else [])
+        check_module(model, module)
 
     # --- look ---
 
@@ -354,6 +359,7 @@ class Pruner:
             return None
         self._refuse_moving_teachers()
         self.recorder.synchronise(self.average, self.agree, self.ranks)
+        self._warn_of_short_series()
         scores = self._score()
         plan = self.agree(self._plan(asked, scores))
         if not plan.removed:
@@ -396,6 +402,17 @@ class Pruner:
                 "step updates itself and which a cut would leave behind. Use Lightning's `WeightAveraging` or "
                 "`EMAWeightAveraging` callback, whose averages are cut alike, or prune when the teacher has done its "
                 "work."
+            )
+
+    def _warn_of_short_series(self) -> None:
+        lags = self.recorder.lags
+        if self.recorder.wants_moments and self.recorder.past < lags and not self._warned_of_short_series:
+            self._warned_of_short_series = True
+            warnings.warn(
+                f"Expected units that arrive as series of more than {lags} steps for lags={lags}, got none: only the "
+                "present counts. Lower `lags`, or train on longer series.",
+                NoEffectWarning,
+                stacklevel=3,
             )
 
     def _score(self) -> dict[str, UnitScores]:

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.candidates import Wish, find_candidates
 from lightning_slim.penalties import Penalty, Proximal
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.scores import Magnitude
-from lightning_slim.skipping import Skip, check_skip
+from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import StructureChange
 from lightning_slim.surgery.example import workable_calls
 from lightning_slim.surgery.layers.norm import scale_spans
@@ -61,6 +62,7 @@ class Regularizer:
     def __init__(
         self, model: nn.Module, penalty: Penalty, *, module: str = "", skip: Skip = (), verify: bool = True
     ) -> None:
+        check_arguments(Regularizer, locals())
         self.model, self.penalty, self.verify = model, penalty, verify
         self.confine(module, skip)
         self.prepared = False  # whether the groups are known
@@ -79,7 +81,7 @@ class Regularizer:
             ValueError: the model has no such layers.
         """
         check_skip(self.model, skip)
-        check_skip(self.model, [module] if module else [])
+        check_module(self.model, module)
         self.wish = Wish(Magnitude(), module=module, skip=tuple(skip), verify=self.verify)
 
     @torch.inference_mode(False)

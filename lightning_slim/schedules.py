@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
+from lightning_slim.arguments import check_fields
+
 Time = float | str  # 0.3 of the run, "3 epochs" or "500 steps" of the optimizer
 
 TIMES = ("at", "start", "end")
@@ -48,6 +50,7 @@ class Schedule(ABC):
     end: Time
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for time in (self.start, self.end):
             check_time(time, f" in {self}")
         times = [time for time in (0.0, self.start, self.end, 1.0) if not isinstance(time, str)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.budgets import Budget
 from lightning_slim.costs import Costs
 from lightning_slim.isomorphism import classes
@@ -51,10 +52,9 @@ class Selection:
     macs_to_params: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise ValueError(f'Expected `scope` to be "local", "global" or "isomorphic", got {self.scope!r}.')
         if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
             raise ValueError(f'Expected `round_to` of at least 1, or "auto", got {self.round_to!r}.')
+        check_fields(self)
         if self.macs_to_params is not None and not 0 < self.macs_to_params[0] <= 1 <= self.macs_to_params[1]:
             raise ValueError(
                 "Expected `macs_to_params` to be two bounds with the original's 1 between them, such as (0.8, 1.25), "

@@ -21,6 +21,16 @@ def check_skip(model: nn.Module, skip: Skip) -> None:
             )
 
 
+def check_module(model: nn.Module, module: str) -> None:
+    """Raises a ValueError if `module` is not the dotted name of a part of the model; empty is all of it."""
+    parts = [name.replace("_orig_mod.", "") for name, _ in model.named_modules()]
+    if module not in parts:
+        raise ValueError(
+            f"Expected `module=` to be the dotted name of a part of {type(model).__name__}, got {module!r}: "
+            f"its parts are {', '.join(name for name in parts if name) or 'none'}."
+        )
+
+
 def skips(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     """Whether an entry of `skip` means a layer: by type or its name, by the layer's or a parent's name, by pattern."""
     name = name.replace("_orig_mod.", "")  # a compiled module keeps the original under this name

@@ -76,7 +76,7 @@ def test_every_open_choice_goes_through_yaml(kind: type) -> None:
     parser.add_subclass_arguments(Prune, "callback")
     argument = {Score: "score", Schedule: "schedule", Budget: "budget"}[kind.__mro__[1]]
     when = "start" if argument == "score" else "during"
-    arguments = {"score": {"class_path": "lightning_slim.Magnitude"}, "when": when} | {
+    arguments = {"score": {"class_path": "lightning_slim.RandomGates"}, "when": when} | {
         argument: {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": REQUIRED.get(kind, {})}
     }
     written = yaml.safe_dump({"callback": {"class_path": "lightning_slim.Prune", "init_args": arguments}})

@@ -61,13 +61,18 @@ def test_series_are_recorded_with_their_past() -> None:
     np.testing.assert_allclose(recorder.moments["a"][0].covariance, np.cov(table.T, bias=True), atol=1e-6)
 
 
-def test_more_lags_than_steps_are_refused_before_any_weight_is_touched() -> None:
-    network, x = NETWORKS["Conv1d"]()
-    before = copy.deepcopy(network.state_dict())
-    recorder = Recorder(network, find_groups(network, x), lags=7)
-    with pytest.raises(ValueError, match="7 lags need at least 8 steps, got 7"), recorder.recording():
-        network(x)
-    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+@pytest.mark.parametrize(("lags", "past"), [(2, 2), (6, 6), (7, 0), (100, 0)])
+def test_series_that_are_no_longer_than_the_lags_have_no_past(lags: int, past: int) -> None:
+    network, x = NETWORKS["Conv1d"]()  # of 7 steps
+    recorder, present = (Recorder(network, find_groups(network, x), lags=each) for each in (lags, 0))
+    for each in (recorder, present):
+        with each.recording():
+            network(x)
+    assert (recorder.past, present.past) == (past, 0)
+    rows = 4 * (7 - past)
+    assert recorder.moments["a"][0].count == rows
+    if not past:
+        assert torch.equal(recorder.moments["a"][0].second, present.moments["a"][0].second)
 
 
 def test_large_images_are_thinned_out() -> None:

@@ -31,9 +31,17 @@ class SlimCallback(Callback):
     """
 
     workers: ClassVar[Sequence[str]] = ()
+    _known = False  # to a Trainer
     _aside: Mapping[str, Any] | None = None  # those of real fits, from a smoke test on until the next real fit
 
+    @property
+    def state_key(self) -> str:
+        """Two of one kind have keys of their own until `setup`, which says more than a Trainer does of equal keys."""
+        return super().state_key if self._known else f"{super().state_key} {id(self)}"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._known = True
+        self._refuse_others(trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit":
             self._set_aside(bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
         refuse_what_cannot_be_cut(trainer, pl_module)
@@ -45,6 +53,15 @@ class SlimCallback(Callback):
         load, save = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
         pl_module.on_load_checkpoint = partial(_resize_and_load, pl_module, load)  # type: ignore[method-assign]
         pl_module.on_save_checkpoint = partial(_save_and_sign, pl_module, save)  # type: ignore[method-assign]
+
+    def _refuse_others(self, callbacks: Sequence[Callback]) -> None:
+        kind = next(c for c in type(self).__mro__ if SlimCallback in c.__bases__)
+        several = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
+        if len(several) > 1:
+            raise MisconfigurationException(
+                f"Expected one {kind.__name__} callback in a Trainer, got {' and '.join(several)}: each would change "
+                "what the other one goes by. Keep one; its arguments say what is left alone, and where."
+            )
 
     def _set_aside(self, smoke_test: bool) -> None:
         if smoke_test:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.look import Recalibrate
 from lightning_slim.callbacks.trials import Trials, set_up_once
@@ -26,7 +27,7 @@ from lightning_slim.units import Plan
 def explore(
     model: LightningModule,
     datamodule: LightningDataModule | None = None,
-    budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
+    budget: Budget = MACs(),  # noqa: B008 (frozen)
     n: int = 20,
     *,
     monitor: str,
@@ -76,6 +77,7 @@ def explore(
     Source: the comparison with distributions of random structures is that of Radosavovic et al. (2019, 2020); for
     pruning, He et al. (2023), *Network Pruning Spaces*.
     """
+    check_arguments(explore, locals())
     if n < 1:
         raise ValueError(f"Expected `n` of at least 1 structure to draw, got {n}.")
     watched = Monitor(monitor, mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.prune import Prune
 from lightning_slim.guards import Guard
@@ -29,11 +30,17 @@ class GrangerPrune(Prune):
 
     def __init__(
         self,
-        budget: Budget = MACs(0.5),  # noqa: B008 (frozen)
+        budget: Budget = MACs(),  # noqa: B008 (frozen)
         schedule: Schedule = Cubic(),  # noqa: B008 (frozen)
         lags: int = 0,
         fallback: Score | None = Magnitude(),  # noqa: B008 (frozen)
         **kwargs: Any,
     ) -> None:
+        check_arguments(GrangerPrune, locals())
+        if "score" in kwargs:
+            raise TypeError(
+                f"Expected no `score` of GrangerPrune, which scores by `Granger`, got {kwargs['score']!r}: write "
+                "`Prune(score=...)`."
+            )
         super().__init__(score=Granger(lags), budget=budget, schedule=schedule, **kwargs)
         self.guard = Guard(fallback)

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.clock import epochs_in_run, has_end
@@ -75,10 +76,9 @@ class InputScreening(SlimCallback):
         reset_monitors: bool = True,
         print_report: bool = True,
     ) -> None:
+        check_arguments(InputScreening, locals())
         if not 0 < alpha < 1:
             raise ValueError(f"Expected `alpha` between 0 and 1, got {alpha}.")
-        if method not in ("auto", "granger", "anova", "correlation"):
-            raise ValueError(f'Expected `method` "auto", "granger", "anova" or "correlation", got {method!r}.')
         if batches is not None and batches < 2:
             raise ValueError(
                 f"Expected `batches` of at least 2, got {batches}: the first one shows what reads the inputs."
@@ -87,8 +87,6 @@ class InputScreening(SlimCallback):
             raise ValueError(
                 f"Expected `lags`, `overlap` and `min_inputs` of at least 1, got {lags}, {overlap} and {min_inputs}."
             )
-        if compensate not in ("mean", "none"):
-            raise ValueError(f'Expected `compensate` to be "mean" or "none", got {compensate!r}.')
         self.alpha, self.method, self.batches, self.lags, self.overlap = alpha, method, batches, lags, overlap
         self.min_inputs, self.protect, self.names = min_inputs, tuple(protect), tuple(names)
         self.inputs, self.target, self.compensate = inputs, target, compensate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -20,8 +20,6 @@ HELD = "lr before fine-tuning"  # in a group of an optimizer, while this takes a
 
 def check_when(when: str, score: Any, flow: Flow | None, probe_batches: int, rounds: int | None) -> None:
     """Raises unless a score can be taken then, and arguments make sense."""
-    if when not in get_args(When):
-        raise ValueError(f"Expected `when` to be one of {get_args(When)}, got {when!r}.")
     if flow is not None and when != "start":
         raise ValueError(
             f'Expected `when="start"` with {score}, which scores what has not been trained yet, got {when!r}: choose '

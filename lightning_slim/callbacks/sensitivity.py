@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.budgets import Units
 from lightning_slim.callbacks.look import Look
 from lightning_slim.callbacks.prune import Prune
@@ -68,6 +69,7 @@ def sensitivity(
     Raises:
         ValueError: nothing can be removed, or `fractions` do not rise between 0 and 1.
     """
+    check_arguments(sensitivity, locals())
     check_fractions(fractions)
     trials = Trials(model, set_up_once(datamodule), train_dataloaders, val_dataloaders, seed, trainer_kwargs)
     make = partial(_looking, score=score, module=module, skip=skip, granularity=granularity, seed=seed)
@@ -114,6 +116,7 @@ class Sensitivity(Look):
         limit_val_batches: int | float | None = None,
         seed: int = 0,
     ) -> None:
+        check_arguments(Sensitivity, locals())
         check_fractions(fractions)
         if every_n_epochs < 1:
             raise ValueError(f"Expected `every_n_epochs` of at least 1, got {every_n_epochs}.")

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.clock import epochs_done, epochs_in_run, in_fractions, is_certain
 from lightning_slim.callbacks.companions import undecided
@@ -64,6 +65,7 @@ class SparsityRegularization(SlimCallback):
         skip: Skip = (),
         verify: bool = True,
     ) -> None:
+        check_arguments(SparsityRegularization, locals())
         if not (strength >= 0 and math.isfinite(strength)):
             raise ValueError(f"Expected a finite `strength` of at least 0, got {strength}.")
         if proximal:

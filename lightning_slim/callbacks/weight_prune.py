@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_slim.arguments import check_arguments
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.clock import Clock
@@ -88,6 +89,7 @@ class WeightPrune(SlimCallback):
         finetune: Time = 0.3,
         finetune_lr: float = 0.1,
     ) -> None:
+        check_arguments(WeightPrune, locals())
         check_when(when, score, score.flow, probe_batches, rounds)
         if regrow is not None and score.flow is not None:
             raise ValueError(f"Expected a score that goes on while the network trains beside {regrow}, got {score}.")
@@ -245,7 +247,8 @@ class WeightPrune(SlimCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._tuning.close()
         self._stop_recording()
-        self.masker.detach()
+        if self._masker is not None:  # none before `setup`
+            self._masker.detach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tuning.close()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.masks.patterns.base import best
 
 
@@ -34,6 +35,9 @@ class Layer:
 
 class Distribution(ABC):
     """A frozen dataclass that says how many pieces of each weight go, when a fraction of all is to go."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def __call__(self, layers: Mapping[str, Layer], sparsity: float) -> dict[str, int]:
@@ -66,6 +70,7 @@ class ErdosRenyiKernel(Distribution):
     floor: float = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_floor(self.floor)
 
     def __call__(self, layers: Mapping[str, Layer], sparsity: float) -> dict[str, int]:
@@ -99,6 +104,7 @@ class Global(Distribution):
     floor: float = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_floor(self.floor)
 
     def __call__(self, layers: Mapping[str, Layer], sparsity: float) -> dict[str, int]:

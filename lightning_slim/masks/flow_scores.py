@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.flows import Flow, GradientFlow, SynapticFlow
 from lightning_slim.masks.weight_scores import WeightScore
 
@@ -41,6 +42,7 @@ class WeightGraSP(WeightScore):
     streamed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         GradientFlow(self.temperature)  # says what is wrong with it
 
     @property

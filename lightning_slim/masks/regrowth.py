@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
+
 
 class Regrowth(ABC):
     """A frozen dataclass that says how much is exchanged when, and scores what may come back; it comes back as zero."""
@@ -20,6 +22,7 @@ class Regrowth(ABC):
     end: float
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (0 < self.fraction < 1 and 0 < self.end <= 1):
             raise ValueError(
                 f"Expected `fraction` in (0, 1) and `end` in (0, 1], got {self.fraction} and {self.end}: a fraction of "

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_slim.masks.inputs import InputScore, Spreads
-from lightning_slim.scores import Screening
 from lightning_slim.scores.screening import ByClass, Statistic
 from lightning_slim.witness import Witness
 
@@ -28,9 +27,6 @@ class WeightScreening(InputScore):
     """
 
     statistic: Statistic = "anova"
-
-    def __post_init__(self) -> None:
-        Screening(self.statistic)  # which refuses what it does not know
 
     @property
     def witnesses(self) -> tuple[Witness, ...]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.flows import Flow
 
 
@@ -19,6 +20,9 @@ class WeightScore(ABC):
     streamed: ClassVar[bool] = False  # whether it is the sum over steps, at each of which there is a gradient
     forgets: ClassVar[bool] = True  # whether that sum begins anew when the masks were updated
     flow: ClassVar[Flow | None] = None  # what that gradient is before training, if it is not that of the loss
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def __call__(self, weight: Float[Tensor, "*shape"], beside: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
+
 Entries = Literal["all", "made", "scales"]
 
 
@@ -20,6 +22,9 @@ class Penalty(ABC):
     """
 
     of: ClassVar[Entries] = "all"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def value(self, rows: Float[Tensor, "units fan"]) -> Float[Tensor, ""]:

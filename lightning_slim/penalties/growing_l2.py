@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.penalties.base import Penalty
 
 
@@ -25,6 +26,7 @@ class GrowingL2(Penalty):
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.fraction < 1:
             raise ValueError(f"Expected `fraction` between 0 and 1, got {self.fraction}.")
 

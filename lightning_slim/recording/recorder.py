@@ -121,6 +121,17 @@ class Recorder:
             and all(of_groups.keys() == self.moments.keys() for of_groups in self.effects.values())
         )
 
+    @property
+    def past(self) -> int:
+        """Past steps that moments hold beside the present: `lags` if units arrived as longer series anywhere, or 0."""
+        columns = [
+            len(moments.total) // len(reader.span.index)
+            for group in self.groups
+            for moments, reader in zip(self.moments[group.name], group.readers, strict=False)
+            if moments is not None and not reader.joint and not reader.patches
+        ]
+        return max(columns, default=1) - 1
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Every forward pass of the model within is recorded, as one step."""

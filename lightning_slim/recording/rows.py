@@ -16,18 +16,18 @@ def rows_at(
     """The units at a reader, one row for every sample, pixel or step, with their past where they arrive as series.
 
     Several positions of a unit (behind a flatten, or in the chunks of a grouped convolution) are several rows; where
-    they are variables of their own (the channels of a head), they are its columns, without a past. A series
-    of one step has no past to speak of; where longer ones were seen before, a short one is None if `skip_short`.
+    they are variables of their own (the channels of a head), they are its columns, without a past. A series of no more
+    steps than `lags` has no past to speak of; where longer ones were seen before, a short one is None if `skip_short`.
     """
     units = _gathered(inputs, reader, width)
     if reader.joint:
         return units.flatten(0, -3)
     # item, step, units, positions: a Conv1d, or a linear layer on (item, step, channel)
-    if lags and units.ndim == 4 and (units.shape[1] > 1 or skip_short):
-        if units.shape[1] <= lags and skip_short:
+    if lags and units.ndim == 4:
+        if units.shape[1] > lags:
+            return with_lags(units.permute(0, 3, 1, 2).flatten(0, 1), lags)
+        if skip_short:
             return None
-        series = units.permute(0, 3, 1, 2).flatten(0, 1)
-        return with_lags(series, lags)
     return units.movedim(-1, 0).flatten(0, -2).unsqueeze(-1)
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_slim.scores.base import Evidence, Need, Reduction, Score, UnitScores, check_reduction, reduced
+from lightning_slim.scores.base import Evidence, Need, Reduction, Score, UnitScores, reduced
 from lightning_slim.statistics import Frequency
 from lightning_slim.witness import Witness
 
@@ -43,9 +43,6 @@ class ActivationFrequency(Score):
 
     reduction: Reduction = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"moments"})
-
-    def __post_init__(self) -> None:
-        check_reduction(self.reduction)
 
     @property
     def witnesses(self) -> tuple[Witness, ...]:

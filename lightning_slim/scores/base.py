@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.flows import Flow
 from lightning_slim.statistics import JointMoments, Moments
 from lightning_slim.witness import Witness
@@ -171,6 +172,9 @@ class Score(ABC):
     tests: ClassVar[bool] = False
     flow: ClassVar[Flow | None] = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def witnesses(self) -> tuple[Witness, ...]:
         """Who looks on where units arrive, for what moments do not tell; whole blocks do not arrive anywhere."""
@@ -197,9 +201,3 @@ def reduced(parts: Sequence[Float[Tensor, "units"]], how: Reduction) -> Float[Te
     if how == "max":
         return stacked.max(0).values
     return stacked.mean(0) if how == "mean" else stacked.sum(0)
-
-
-def check_reduction(how: str) -> None:
-    """Raises unless it is one."""
-    if how not in ("mean", "max", "sum"):
-        raise ValueError(f'Expected `reduction` to be "mean", "max" or "sum", got {how!r}.')

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 from lightning_slim.statistics import PanelDesign, PanelGranger, differences, granger_test
 from lightning_slim.witness import Gathered, Known, Witness, check_items, in_full
@@ -129,10 +130,9 @@ class BivariateGranger(Score):
     tests: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.lags < 1:
             raise ValueError(f"Expected `lags` of at least 1, got {self.lags}.")
-        if self.axis not in ("sequence", "training_step"):
-            raise ValueError(f'Expected `axis` to be "sequence" or "training_step", got {self.axis!r}.')
 
     @property
     def witnesses(self) -> tuple[Witness, ...]:

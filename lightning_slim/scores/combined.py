@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.flows import Flow
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 from lightning_slim.scores.magnitude import Magnitude
@@ -33,6 +34,7 @@ class Combined(Score):
     weights: Sequence[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "scores", tuple(self.scores) or (Magnitude(), MagnitudeTimesStd()))
         object.__setattr__(self, "weights", tuple(self.weights))
         if self.weights and len(self.weights) != len(self.scores):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.scores.base import Calibration, Evidence, Need, Reading, Score, UnitScores
 from lightning_slim.statistics import (
     Accumulator,
@@ -170,14 +171,9 @@ class Granger(Score):
         return self.target != "readers"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.lags < 0:
             raise ValueError(f"Expected `lags` of at least 0, got {self.lags}.")
-        if self.target not in ("readers", "outputs", "labels", "losses"):
-            raise ValueError(
-                f'Expected `target` to be "readers", "outputs", "labels" or "losses", got {self.target!r}.'
-            )
-        if self.form not in ("greedy", "leave_one_out"):
-            raise ValueError(f'Expected `form` to be "greedy" or "leave_one_out", got {self.form!r}.')
 
     @property
     def witnesses(self) -> tuple[Witness, ...]:

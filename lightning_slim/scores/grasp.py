@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.flows import Flow, GradientFlow
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 
@@ -25,6 +26,7 @@ class GraSP(Score):
     absolute: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         GradientFlow(self.temperature)  # says what is wrong with it
 
     @property

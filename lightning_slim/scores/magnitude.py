@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_slim.scores.base import Evidence, Reduction, Score, UnitScores, check_reduction, reduced
+from lightning_slim.arguments import check_fields
+from lightning_slim.scores.base import Evidence, Reduction, Score, UnitScores, reduced
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,9 @@ class Magnitude(Score):
     reduction: Reduction | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.p <= 0:
             raise ValueError(f"Expected a positive norm `p`, got {self.p}.")
-        if self.reduction is not None:
-            check_reduction(self.reduction)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
         parts = (evidence.weights.detach(),) if self.reduction is None else evidence.parts

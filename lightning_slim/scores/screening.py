@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_slim.scores.base import Evidence, Need, Reading, Reduction, Score, UnitScores, check_reduction, reduced
+from lightning_slim.arguments import check_fields
+from lightning_slim.scores.base import Evidence, Need, Reading, Reduction, Score, UnitScores, reduced
 from lightning_slim.statistics import (
     Accumulator,
     Anova,
@@ -104,14 +105,7 @@ class Screening(Score):
     tests: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.statistic not in ("anova", "chi_square", *BINNED):
-            raise ValueError(
-                f'Expected `statistic` to be "anova", "chi_square", "mutual_information" or "kruskal_wallis", got '
-                f"{self.statistic!r}."
-            )
-        if self.times not in ("weight_std", "scale", "nothing"):
-            raise ValueError(f'Expected `times` to be "weight_std", "scale" or "nothing", got {self.times!r}.')
-        check_reduction(self.reduction)
+        check_fields(self)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.scores.base import Evidence, Need, Score, UnitScores
 
 
@@ -23,8 +24,7 @@ class Taylor(Score):
     of: Literal["gate", "weights"] = "gate"
 
     def __post_init__(self) -> None:
-        if self.of not in ("gate", "weights"):
-            raise ValueError(f'Expected `of` to be "gate" or "weights", got {self.of!r}.')
+        check_fields(self)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

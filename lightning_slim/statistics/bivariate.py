@@ -14,7 +14,7 @@ from lightning_slim.statistics.distributions import chi2_log_sf, f_log_sf
 from lightning_slim.statistics.lagged_products import Shifted, own_products
 from lightning_slim.statistics.own_past import OwnPast, own_past
 from lightning_slim.statistics.row_wise import from_rows
-from lightning_slim.statistics.series import LARGEST, check_series, standardised
+from lightning_slim.statistics.series import LARGEST, as_series, check_series, standardised
 
 UNSURE = 1e-7  # smaller pivots of a Gram matrix are computed anew from the rows
 TARGETS_AT_ONCE = 64
@@ -99,8 +99,8 @@ class GrangerTest:
 
 @torch.no_grad()
 def granger_test(
-    series: Float[Tensor, "time series"],
-    targets: Float[Tensor, "time targets"],
+    series: Float[Tensor, "time *series"],
+    targets: Float[Tensor, "time *targets"],
     lags: int,
     own_lags: int | None = None,
     robust: Literal["none", "hc3"] = "none",
@@ -126,8 +126,8 @@ def granger_test(
     Sources: Granger (1969); Geweke (1982) for the effect; MacKinnon and White (1985) for HC3.
 
     Args:
-        series: possible causes, of any floating type; computed in float64.
-        targets: possible effects.
+        series: possible causes, of any floating type; computed in float64. One dimension is one series.
+        targets: possible effects, as many steps of them. One dimension is one target.
         lags: steps of a series' past.
         own_lags: steps of the target's past; as many as `lags` unless given.
         robust: `"hc3"` allows the residuals' variance to change. It looks at every row of every pair, and is some 50
@@ -145,6 +145,7 @@ def granger_test(
         ([[True, False, False]], [[2, 2, 2]])
     """
     own_lags = lags if own_lags is None else own_lags
+    series, targets = as_series(series), as_series(targets)
     check_series(series, targets, lags, own_lags)
     chunk_bytes = chunk_bytes or (10 << 20 if series.device.type == "cpu" else 1 << 28)
     targets = targets.to(series.device)

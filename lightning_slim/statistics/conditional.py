@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_slim.statistics.distributions import f_log_sf
 from lightning_slim.statistics.orthonormal import RANK_TOLERANCE, orthonormalised
 from lightning_slim.statistics.own_past import PERFECT
-from lightning_slim.statistics.series import LARGEST, check_series, standardised
+from lightning_slim.statistics.series import LARGEST, as_series, check_series, standardised
 
 COLLINEAR = 1e-6  # of a direction's sum of squares, left by all others: less adds nothing
 JITTER = 1e-8  # on the unit diagonal, only where pivots are that small
@@ -75,8 +75,8 @@ class _Joint(NamedTuple):
 
 @torch.no_grad()
 def leave_one_out_test(
-    series: Float[Tensor, "time series"],
-    targets: Float[Tensor, "time targets"],
+    series: Float[Tensor, "time *series"],
+    targets: Float[Tensor, "time *targets"],
     lags: int,
     own_lags: int | None = None,
 ) -> ConditionalTest:
@@ -97,8 +97,8 @@ def leave_one_out_test(
     Source: Geweke (1984).
 
     Args:
-        series: possible causes, of any floating type; computed in float64.
-        targets: possible effects.
+        series: possible causes, of any floating type; computed in float64. One dimension is one series.
+        targets: possible effects, as many steps of them. One dimension is one target.
         lags: steps of the series' past.
         own_lags: steps of the targets' past; as many as `lags` unless given.
 
@@ -153,8 +153,8 @@ def leave_one_out_test(
 
 @torch.no_grad()
 def ridge_leave_one_out(
-    series: Float[Tensor, "time series"],
-    targets: Float[Tensor, "time targets"],
+    series: Float[Tensor, "time *series"],
+    targets: Float[Tensor, "time *targets"],
     lags: int,
     own_lags: int | None = None,
     ridge: float | None = None,
@@ -217,6 +217,7 @@ def ridge_leave_one_out(
 def _joint(series: Tensor, targets: Tensor, lags: int, own_lags: int | None, within: bool = True) -> _Joint:
     """Columns orthonormal within each series (tests do not depend on the basis), or of unit variance."""
     own_lags = lags if own_lags is None else own_lags
+    series, targets = as_series(series), as_series(targets)
     check_series(series, targets, lags, own_lags)
     targets = targets.to(series.device)
     time, skip = len(series), max(lags, own_lags)

@@ -26,7 +26,7 @@ class LagOrder(NamedTuple):
 
 
 def common_lag_order(
-    series: Float[Tensor, "time series"], targets: Float[Tensor, "time targets"], max_lags: int
+    series: Float[Tensor, "time *series"], targets: Float[Tensor, "time *targets"], max_lags: int
 ) -> LagOrder:
     """The number of lags of series and targets that the units of a layer agree on.
 

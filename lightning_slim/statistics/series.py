@@ -52,6 +52,20 @@ def thinned(rows: Shaped[Tensor, "rows *columns"], enough: int) -> Shaped[Tensor
     return rows[torch.arange(enough, device=rows.device) * step % number]
 
 
+def as_series(values: Float[Tensor, "time *series"]) -> Float[Tensor, "time series"]:
+    """One column for each series; a tensor of one dimension is one series.
+
+    Raises:
+        ValueError: more dimensions, or none.
+    """
+    if values.ndim not in (1, 2):
+        raise ValueError(
+            f"expected series of shape (time, series), or (time,) of a single one, got shape {tuple(values.shape)}: "
+            "`flatten(1)` makes series of what stands behind time."
+        )
+    return values if values.ndim == 2 else values[:, None]
+
+
 def check_series(series: Tensor, targets: Tensor, lags: int, own_lags: int) -> None:
     """Refuses what no regression on the past can be made of."""
     time = len(series)

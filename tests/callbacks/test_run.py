@@ -17,7 +17,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_slim import Cubic, GrangerPrune, Linear, MACs, Magnitude, OneShot, Prune, Units
+from lightning_slim import (
+    L1,
+    Cubic,
+    GrangerPrune,
+    InputScreening,
+    Linear,
+    MACs,
+    Magnitude,
+    NoEffectWarning,
+    OneShot,
+    Prune,
+    SparsityRegularization,
+    Units,
+    WeightPrune,
+)
 from lightning_slim.callbacks.base import SHARDED, refuse_what_cannot_be_cut
 from lightning_slim.profile import count_macs
 from tests.callbacks.runs import Lit, loader, trainer
@@ -204,7 +218,8 @@ def test_more_lags_than_steps(tmp_path: Path) -> None:
                 nn.Flatten(2), nn.Conv1d(3, 8, 61), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(16, 5)
             )
 
-    fit_fails(tmp_path, quick(lags=4, record_every_n_steps=1), "4 lags need at least 5 steps, got 4", Series())
+    with pytest.warns(NoEffectWarning, match="series of more than 4 steps for lags=4, got none: only the present"):
+        trainer(tmp_path, quick(lags=4, record_every_n_steps=1)).fit(Series(), loader(), loader())
 
 
 def test_a_scripted_module(tmp_path: Path) -> None:
@@ -239,9 +254,25 @@ def test_a_spawning_run_fails_before_it_trains(tmp_path: Path, strategy: str) ->
         trainer(tmp_path, quick(), strategy=strategy, devices=2).fit(Lit(), loader())
 
 
-def test_two_pruning_callbacks(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="one pruning callback"):
-        trainer(tmp_path, quick(), Prune(Magnitude())).fit(Lit(), loader())
+@pytest.mark.parametrize(
+    ("several", "message"),
+    [
+        ((Prune(Magnitude()), GrangerPrune()), "one Prune callback in a Trainer, got Prune and GrangerPrune"),
+        ((GrangerPrune(), GrangerPrune()), "one Prune callback in a Trainer, got GrangerPrune and GrangerPrune"),
+        ((WeightPrune(), WeightPrune()), "one WeightPrune callback"),
+        ((SparsityRegularization(L1(), 0.1), SparsityRegularization(L1(), 0.2)), "one SparsityRegularization callback"),
+        ((InputScreening(), InputScreening()), "one InputScreening callback"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_two_callbacks_of_one_kind_are_refused_before_training(
+    tmp_path: Path, several: tuple[pl.Callback, ...], message: str
+) -> None:
+    lit = Lit()
+    before = {name: value.clone() for name, value in lit.state_dict().items()}
+    with pytest.raises(MisconfigurationException, match=f"^Expected {message}"):
+        trainer(tmp_path, *several).fit(lit, loader())
+    assert all(torch.equal(before[name], value) for name, value in lit.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_scores_of_what_is_not_trained_want_the_start(make: Any, when: str) -> N
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"when": "before"}, r"Expected `when` to be one of .*, got 'before'"),
+        ({"when": "before"}, 'Expected `when` to be "during", "start" or "end", got .before.'),
         ({"probe_batches": 0}, "`probe_batches` and `rounds` of at least 1, got 0 and None"),
         ({"rounds": 0}, "`probe_batches` and `rounds` of at least 1, got 8 and 0"),
     ],

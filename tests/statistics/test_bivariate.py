@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,14 @@ import torch
 from statsmodels.tsa.stattools import grangercausalitytests
 from torch import Tensor
 
-from lightning_slim.statistics import GrangerTest, common_lag_order, granger_test
+from lightning_slim.statistics import (
+    GrangerTest,
+    common_lag_order,
+    granger_test,
+    leave_one_out_test,
+    ridge_leave_one_out,
+)
+from tests.statistics.worlds import randn
 
 TESTS = ("ssr_ftest", "ssr_chi2test", "lrtest", "params_ftest")
 unchecked = inspect.unwrap(granger_test)  # without the check of shapes
@@ -292,3 +301,16 @@ def test_only_robust_errors_hold_the_level_where_the_variance_decays() -> None:
     scale = torch.exp(-torch.arange(512.0, dtype=torch.float64) / 77) + 0.1
     assert size(0.5, 512, 2, "none", scale) > 0.3
     assert 0.03 < size(0.5, 512, 2, "hc3", scale) < 0.07
+
+
+@pytest.mark.parametrize("test", [granger_test, leave_one_out_test, ridge_leave_one_out])
+def test_one_dimension_is_one_series(test: Callable[..., Any]) -> None:
+    series, target = randn(100, 1), randn(100, 1)
+    got, expected = (test(*each, lags=2) for each in ((series[:, 0], target[:, 0]), (series, target)))
+    assert str(got) == str(expected)
+
+
+@pytest.mark.parametrize("test", [granger_test, leave_one_out_test, ridge_leave_one_out])
+def test_other_shapes_are_refused(test: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"of shape \(time, series\).*got shape \(100, 2, 1\)"):
+        test(randn(100, 3), randn(100, 2, 1), lags=2)

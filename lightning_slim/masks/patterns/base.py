@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lightning_slim.arguments import check_fields
+
 
 class Pattern(ABC):
     """A frozen dataclass that turns scores of single weights into a mask.
@@ -20,6 +22,9 @@ class Pattern(ABC):
     """
 
     aligned: ClassVar[bool] = True  # whether a mask of which rows or columns were cut is no mask of the pattern
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def sparsity(self) -> float | None:

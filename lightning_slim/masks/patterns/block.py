@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.masks.patterns.base import Pattern, best
 
 
@@ -33,6 +34,7 @@ class Block(Pattern):
     cols: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"Expected `rows` and `cols` of at least 1, got {self.rows} and {self.cols}.")
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_slim.arguments import check_fields
 from lightning_slim.masks.patterns.base import Pattern, best
 
 
@@ -31,6 +32,7 @@ class NM(Pattern):
     m: int = 4
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.n < self.m:
             raise ValueError(f"Expected 0 < n < m, got n={self.n}, m={self.m}: n of every m weights stay.")
 
