@@ -59,7 +59,7 @@ def _log_tail(drop: Callable[[Tensor], Tensor], slope: Tensor, curvature: Tensor
     """`log integral_0^inf exp(-drop(s)) ds` of a convex drop that begins at 0 with this slope and curvature."""
     scale = 2 / (slope + (slope.square() + 2 * curvature).sqrt())
     total = torch.zeros_like(scale)
-    for nodes in NODES.split(max(1, AT_ONCE // max(scale.numel(), 1))):
+    for nodes in NODES.split(max(1, AT_ONCE // max(scale.numel(), 1))):  # type: ignore[no-untyped-call]
         nodes = nodes.to(scale.device).view(-1, *[1] * scale.ndim)
         at = (nodes - (-nodes).exp()).exp()
         weight = STEP * at * (1 + (-nodes).exp())
