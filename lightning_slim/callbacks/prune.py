@@ -304,7 +304,9 @@ class Prune(SlimCallback):
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars()
             pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
-            log(trainer, {**scalars, **self._tuning.scalars})  # `log_dict` takes a millisecond for each
+            of_groups = [name for name in scalars if name.startswith("slim/units/")]
+            log(trainer, {name: scalars.pop(name) for name in of_groups})  # `log_dict` takes a millisecond for each
+            pl_module.log_dict({**scalars, **self._tuning.scalars})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None:
