@@ -1,6 +1,8 @@
 """A script, started by a test: two processes prune in step, and write down what they end with.
 
-python ddp_run.py FOLDER KIND STRATEGY [CHECKPOINT]
+python ddp_run.py FOLDER KIND:STRATEGY[:CHECKPOINT] ...
+
+Runs follow one another in the same two processes, which take longer to start than to train; each has the folder KIND.
 """
 
 from __future__ import annotations
@@ -74,7 +76,14 @@ class WriteDown(Callback):
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, kind, strategy, *checkpoint = sys.argv[1:]
+    folder, *runs = sys.argv[1:]
+    for run in runs:
+        train(Path(folder), *run.split(":"))
+
+
+def train(folder: Path, kind: str, strategy: str, checkpoint: str | None = None) -> None:
+    folder = folder / kind
+    folder.mkdir(parents=True, exist_ok=True)
     if kind == "inputs":
         model, callback, data = Classifier(), InputScreening(), batches(Subset(digits()[0], range(1792)))
     elif kind == "blocks":
@@ -107,7 +116,7 @@ def main() -> None:
     fit = trainer(
         folder,
         callback,
-        WriteDown(Path(folder)),
+        WriteDown(folder),
         ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
         strategy=DDPStrategy(process_group_backend="gloo", **STRATEGIES[strategy]),
         devices=2,
@@ -115,11 +124,11 @@ def main() -> None:
         accumulate_grad_batches=2 if strategy == "views" else 1,
     )
     validated = kind in ("guard", "sensitivity")
-    fit.fit(model, data, data if validated else None, ckpt_path=checkpoint[0] if checkpoint else None)
+    fit.fit(model, data, data if validated else None, ckpt_path=checkpoint)
     if kind == "guard":
         assert len(callback.trials) == 5
     if kind == "sensitivity":
-        (Path(folder) / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
+        (folder / f"table{fit.global_rank}.json").write_text(callback.table.to_json())
     if validated or kind == "penalty":
         return
     events = (

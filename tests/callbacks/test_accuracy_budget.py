@@ -174,7 +174,7 @@ def test_where_half_a_step_is_the_same_step_it_is_not_tried_again(tmp_path: Path
     assert callback.history.events == []
 
 
-@pytest.mark.parametrize("granularity", ["units", "both"])
+@pytest.mark.parametrize("granularity", ["units", pytest.param("both", marks=pytest.mark.slow)])
 def test_stop_after_any_epoch_and_resume(tmp_path: Path, granularity: str) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, Prune]:
         settings = {"score": Magnitude(), "granularity": granularity, "recalibrate_bn": False}

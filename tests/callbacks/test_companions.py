@@ -31,7 +31,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("ours_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_averages_are_cut_in_step_and_resume_bitwise(tmp_path: Path, name: str, ours_first: bool) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> Lit:
         pair = [prune("granger"), AVERAGES[name]()]
@@ -85,7 +85,10 @@ def test_other_callbacks_hear_of_a_cut_and_can_repeat_it(tmp_path: Path) -> None
     assert teacher.copy.net(images(0)[0]).shape == (16, 5)
 
 
-@pytest.mark.parametrize("form", ["the module", "a submodule", "in place"])
+@pytest.mark.parametrize(
+    "form",
+    ["the module", *(pytest.param(form, marks=pytest.mark.slow) for form in ("a submodule", "in place"))],
+)
 def test_compiled_runs_are_cut_and_equal_eager_ones(tmp_path: Path, form: str) -> None:
     def run(compiled: bool) -> tuple[dict[str, torch.Tensor], Prune]:
         lit: Any = Lit()

@@ -43,7 +43,7 @@ def run(folder: Path, score: Score, *others: pl.Callback, ckpt_path: Path | None
     return deep, fit, callback
 
 
-@pytest.mark.parametrize("score", [Granger(0), Taylor()], ids=lambda score: type(score).__name__)
+@pytest.mark.parametrize("score", [pytest.param(Granger(0), marks=pytest.mark.slow), Taylor()])
 def test_stop_after_any_epoch_and_resume_into_a_fresh_deep_model(tmp_path: Path, score: Score) -> None:
     straight, trained, callback = run(tmp_path / "straight", score)
     assert len(callback.history.events) == 2

@@ -125,7 +125,7 @@ def test_a_phase_may_begin_within_an_epoch(tmp_path: Path) -> None:
     assert [lr for (lr,) in seen.within] == pytest.approx([0.1] * 14 + [0.01] * 10)
 
 
-@pytest.mark.parametrize("lit", [Lit, OneCycle, Plain])
+@pytest.mark.parametrize("lit", [OneCycle, *(pytest.param(lit, marks=pytest.mark.slow) for lit in (Lit, Plain))])
 @pytest.mark.parametrize("make", [cut, masked])
 def test_stop_after_any_epoch_and_resume_bitwise(tmp_path: Path, make: Any, lit: type[Lit]) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Lit, Any]:

@@ -60,7 +60,10 @@ def run(folder: Path, kind: str, ckpt_path: Path | None = None, **kwargs: Any) -
     return lit, fit, callback
 
 
-@pytest.mark.parametrize("kind", ["granger", "magnitude", "taylor", "fisher", "random"])
+@pytest.mark.parametrize(
+    "kind",
+    ["granger", "taylor", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("magnitude", "fisher", "random"))],
+)
 def test_stop_after_any_epoch_and_resume_into_a_fresh_dense_model(tmp_path: Path, kind: str) -> None:
     straight, trained, callback = run(tmp_path / "straight", kind)
     assert [event.step for event in callback.history.events] == [8, 16]  # four batches an epoch

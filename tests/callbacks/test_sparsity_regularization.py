@@ -133,8 +133,10 @@ def test_zero_strength_changes_nothing(tmp_path: Path, proximal: bool) -> None:
     assert same_optimizer_state(first.optimizers[0].state_dict(), second.optimizers[0].state_dict())
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
-@pytest.mark.parametrize("proximal", [False, True])
+@pytest.mark.parametrize(
+    ("proximal", "ours_first"),
+    [(False, True), (True, False), *(pytest.param(each, each, marks=pytest.mark.slow) for each in (False, True))],
+)
 def test_stop_and_resume_beside_a_pruning_callback(tmp_path: Path, proximal: bool, ours_first: bool) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Lit, pl.Trainer, SparsityRegularization]:
         ours = SparsityRegularization(GroupLasso(), 0.01, Linear(0.0, 0.5), proximal=proximal)

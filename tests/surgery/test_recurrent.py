@@ -67,7 +67,7 @@ USES = ("sequence", "last step", "h_n", "packed")
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_cut_network_equals_the_zeroed_one_in_every_configuration(kind: str, layers: int) -> None:
     """384 configurations in all, nine of these tests together."""
     projections = (0, 6) if kind == "LSTM" else (0,)

@@ -413,7 +413,7 @@ class Lit(pl.LightningModule):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("score", [Granger(), Taylor()], ids=lambda score: type(score).__name__)
+@pytest.mark.parametrize("score", [pytest.param(Granger(), marks=pytest.mark.slow), Taylor()])
 def test_a_run_is_resumed_bitwise_in_a_fresh_dense_model(tmp_path: Path, score: Score, form: str) -> None:
     def run(folder: Path, ckpt_path: Path | None = None) -> tuple[Lit, Any, Prune]:
         lit, schedule = Lit(form), Linear(start=0.0, end=4 / 6)
