@@ -17,7 +17,9 @@ import argparse
 import copy
 import functools
 import logging
+import os
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -35,7 +37,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent))
 
 from examples.digits import DigitSequences, SequenceClassifier
 from lightning_slim import Granger, GrangerPrune, MACs, OneShot, Pruner, Score, Screening, Taylor
@@ -284,7 +286,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for name in ("lightning.pytorch", "pytorch_lightning"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        with one_thread():
+        with one_thread(), tempfile.TemporaryDirectory() as folder:  # where reports are written
+            os.chdir(folder)
             print_runs(args.run)
 
 
