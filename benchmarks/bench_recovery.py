@@ -50,8 +50,8 @@ def main() -> None:
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
     x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
-    for epochs in (60, 200):
-        for steps in (1, 2, 4, 8, 16):
+    for epochs, between in ((60, (1, 2, 4, 8, 16)), (200, (1, 4, 8, 16, 40)), (1000, (4, 25, 50, 100))):
+        for steps in between:
             runs = [run(x, y, steps, epochs, seed) for seed in range(SEEDS)]
             accuracies = [accuracy for accuracy, _ in runs]
             error = statistics.stdev(accuracies) / SEEDS**0.5

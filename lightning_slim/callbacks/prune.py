@@ -83,7 +83,8 @@ class Prune(SlimCallback):
         verify: whether every group is tried before the first cut, and every cut before it is made.
         recovery_epochs: epochs of training between two cuts, fractions allowed (0.25: four cuts an epoch); a tenth
             of the run, where the schedule would not be over otherwise.
-        recovery_steps: so many steps of the optimizer lie between two cuts at least, however short epochs are.
+        recovery_steps: so many steps of the optimizer lie between two cuts at least, however short epochs are; None: a
+            fortieth of the run's, from 4 to 50.
         record_every_n_steps: how often evidence is recorded.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each cut: what was best before was
             best of a larger model. Files of the old best stay on disk.
@@ -139,7 +140,7 @@ class Prune(SlimCallback):
         rounds: int | None = None,
         finetune: Time = 0.3,
         finetune_lr: float = 0.1,
-        recovery_steps: int = 4,
+        recovery_steps: int | None = None,
     ) -> None:
         check_arguments(Prune, locals())
         check_when(when, score, score.flow, probe_batches, rounds)
@@ -151,7 +152,7 @@ class Prune(SlimCallback):
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
         self.recalibrate_bn = recalibrate_bn
-        if recovery_steps < 1:
+        if recovery_steps is not None and recovery_steps < 1:
             raise ValueError(f"Expected `recovery_steps` of at least 1, got {recovery_steps}.")
         self.recovery_epochs, self.recovery_steps = recovery_epochs, recovery_steps
         self._clock = Clock(recovery_epochs, "recovery_epochs", "units can be removed")
@@ -166,6 +167,7 @@ class Prune(SlimCallback):
         self._point = -math.inf  # the last point in time, in epochs, at which a cut was decided on
         self._gathering = Gathering(labels, record_every_n_steps)
         self._recalibrating = ExitStack()
+        self._logged: dict[str, float] = {}  # at the end of the last epoch in which there was anything new
 
     @property
     def pruner(self) -> Pruner:
@@ -188,7 +190,7 @@ class Prune(SlimCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._tuning.rates = []
+        self._tuning.rates, self._logged = [], {}
         if stage == "fit" and self._guarding is not None and self._pruner is not None:
             self._forget_trial(self._guarding, trainer, pl_module)
         old = self._pruner
@@ -304,9 +306,14 @@ class Prune(SlimCallback):
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars()
             pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
-            of_groups = [name for name in scalars if name.startswith("slim/units/")]
-            log(trainer, {name: scalars.pop(name) for name in of_groups})  # `log_dict` takes a millisecond for each
-            pl_module.log_dict({**scalars, **self._tuning.scalars})
+            if (
+                scalars == self._logged
+            ):  # then they can be monitored already, and Lightning takes a millisecond for each
+                log(trainer, scalars)
+            else:
+                pl_module.log_dict(scalars)
+                self._logged = scalars
+            pl_module.log_dict(self._tuning.scalars)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._guarding is not None:
@@ -374,11 +381,16 @@ class Prune(SlimCallback):
 
     def _recovers(self, trainer: Trainer) -> bool:
         """Whether the last cut was just before."""
-        return 0 <= self._since_cut(trainer) < self.recovery_steps
+        return 0 <= self._since_cut(trainer) < self._least_steps(trainer)
 
     def _has_time(self, trainer: Trainer) -> bool:
         """Whether the run will not be over before the network has recovered from the last cut."""
-        return steps_left(trainer) > self.recovery_steps - self._since_cut(trainer)
+        return steps_left(trainer) > self._least_steps(trainer) - self._since_cut(trainer)
+
+    def _least_steps(self, trainer: Trainer) -> float:
+        """Between two cuts."""
+        run = trainer.global_step + steps_left(trainer)
+        return self.recovery_steps or (min(max(run / 40, 4), 50) if math.isfinite(run) else 4)
 
     def _since_cut(self, trainer: Trainer) -> int:
         """Steps since the last cut; negative if there was none in this fit."""

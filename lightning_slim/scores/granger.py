@@ -180,7 +180,7 @@ class Granger(Score):
         return (Exchanged(),) if self.target == "readers" else (WithTargets(self.target, self.lags),)
 
     def __call__(self, evidence: Evidence) -> UnitScores:
-        heard, units = evidence.heard, evidence.weights.shape[0]
+        heard, units = tuple(map(_of_few_targets, evidence.heard)), evidence.weights.shape[0]
         regressions = [self._regression(reading) for reading in heard]
         live = torch.stack([reading.variance.sum(1).cpu() for reading in heard]).sum(0) > 0
         if self.form == "leave_one_out":
@@ -232,7 +232,7 @@ def _of_reader(reading: Reading) -> Regression:
     gram = reading.moments.covariance
     columns = reading.weight.shape[0]
     present = gram.view(len(gram), columns, -1)[:, :, 0]
-    weight = _few_targets(reading.weight.to(gram))
+    weight = reading.weight
     cross = present @ weight
     variance = float((weight * cross.view(columns, -1, weight.shape[1])[:, 0]).sum())
     return Regression(gram, cross, variance)
@@ -248,7 +248,7 @@ def _of_others(reading: Reading) -> Regression | None:
     if others is None or not float(others.count) or len(others.products) != columns:
         return None
     gram = reading.moments.covariance.view(columns, -1, columns, len(reading.moments.total) // columns)[:, 0, :, 0]
-    weight = _few_targets(reading.weight.to(gram))
+    weight = reading.weight
     return Regression(gram, others.result()[0] @ weight, float((weight * (gram @ weight)).sum()))
 
 
@@ -285,11 +285,10 @@ def _padded(tensor: Tensor, shape: Any) -> Tensor:
     return padded
 
 
-def _few_targets(weight: Float[Tensor, "columns targets"]) -> Float[Tensor, "columns fewer"]:
-    """At most as many targets as columns, with the same gains: they depend on `weight weight'` only."""
-    columns, targets = weight.shape
-    if targets <= columns:
-        return weight
-    values, vectors = torch.linalg.eigh(weight @ weight.T)
-    fewer: Tensor = vectors * values.clamp_min(0).sqrt()
-    return fewer
+def _of_few_targets(reading: Reading) -> Reading:
+    """With at most as many targets as columns, and the same gains: they depend on `weight weight'` only."""
+    weight = reading.weight.to(reading.moments.total)
+    if weight.shape[1] > weight.shape[0]:
+        values, vectors = torch.linalg.eigh(weight @ weight.T)
+        weight = vectors * values.clamp_min(0).sqrt()
+    return reading._replace(weight=weight)

@@ -217,12 +217,15 @@ def test_a_run_of_so_much_time(tmp_path: Path, make: Any) -> None:
 # --- cuts are steps apart ---
 
 
-def test_epochs_of_one_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "least"), [(60, 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((280, 7), (2400, 50)))]
+)
+def test_epochs_of_one_batch(tmp_path: Path, epochs: int, least: int) -> None:
     callback = cut(record_every_n_steps=1)
-    trainer(tmp_path, callback, max_epochs=60, limit_train_batches=1).fit(Lit(), loader())
+    trainer(tmp_path, callback, max_epochs=epochs, limit_train_batches=1).fit(Lit(), loader())
     between = torch.tensor(steps(callback)).diff()
     assert len(between) > 3
-    assert int(between.min()) >= 4
+    assert int(between.min()) == least
     assert left(callback) <= 0.5
 
 
