@@ -1,10 +1,11 @@
-"""What finding units, trying them and cutting half of them costs in networks of real size: seconds, and memory.
+"""What preparing and cutting half of the units costs in networks of real size: seconds, and memory.
 
     OMP_WAIT_POLICY=passive python benchmarks/bench_surgery.py --only ResNet-50 --threads 2
 
-A ResNet-50 at 64 pixels and an encoder of BERT-base's size on 32 words, with random weights and two samples. Seconds
-are of the clock, beside those of the processor and the training steps (32 samples) that take as long, all of one run;
-on a busy machine, threads that wait for one another should not do so actively.
+A ResNet-50 at 224 pixels and an encoder of BERT-base's size on 128 words, with random weights and two samples. Seconds
+are of the clock, beside those of the processor and the training steps (two samples) that take as long, all of one run;
+on a busy machine, threads that wait for one another should not do so actively. Preparing (`Pruner.prepare`) is finding
+the units, trying them, and counting what they cost.
 
 Memory comes in multiples of the parameters' bytes, and twice. *Tensors*: the most bytes of storages that are alive at
 once, watched operation by operation; scratch space within an operation is not seen. *Resident*: the high-water mark of
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_slim import MACs, Magnitude, OneShot, Pruner
 from lightning_slim.surgery import Example, migrate, remove_units
 from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.verify import compare, vet
@@ -75,8 +77,8 @@ def encoder() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
-    "ResNet-50": (resnet50, lambda samples: torch.randn(samples, 3, 64, 64)),
-    "BERT-base": (encoder, lambda samples: torch.randint(0, 30522, (samples, 32))),
+    "ResNet-50": (resnet50, lambda samples: torch.randn(samples, 3, 224, 224)),
+    "BERT-base": (encoder, lambda samples: torch.randint(0, 30522, (samples, 128))),
 }
 
 
@@ -112,16 +114,16 @@ def timed(call: Callable[[], Result]) -> tuple[Result, float, float]:
 
 def seconds(name: str) -> None:
     make, data = NETWORKS[name]
-    network, x, batch = make(), data(2), data(32)
+    network, x = make(), data(2)
     calls = {"": Example((x,), samples=2)}
     optimizer = torch.optim.AdamW(network.parameters())
-    steps = [timed(lambda: train(network, optimizer, batch))[2] for _ in range(4)][1:]
+    steps = [timed(lambda: train(network, optimizer, x))[2] for _ in range(4)][1:]
+    _, *preparing = timed(lambda: Pruner(network, Magnitude(), MACs(0.5), OneShot(0.5)).prepare(x))
     found, *finding = timed(lambda: survey_networks(network, calls))
     reasons, *trying = timed(lambda: vet(network, found.groups, calls))
     groups = [group for group in found.groups if group.name not in reasons]
     _, *cutting = timed(lambda: cut(network, groups, calls, optimizer))
-    both = [a + b for a, b in zip(finding, trying, strict=True)]
-    rows = {"find": finding, "vet": trying, "find + vet": both, "one cut of half of the units": cutting}
+    rows = {"prepare": preparing, "  find": finding, "  vet": trying, "one cut of half of the units": cutting}
     for what, (clock, processor) in rows.items():
         as_steps = processor / statistics.median(steps)
         print(f"  {what:44s}{clock:6.2f} s  {processor:6.2f} CPU s  {as_steps:6.1f} training steps")
@@ -207,6 +209,8 @@ def resident(name: str) -> None:
     empty = mark()
     network, calls = make(), {"": Example((data(2),), samples=2)}
     marks = {"build": mark()}
+    train(network, torch.optim.SGD(network.parameters()), data(2))
+    marks["a training step"] = mark()
     groups = survey_networks(network, calls).groups
     marks["find"] = mark()
     vet(network, groups, calls)

@@ -10,12 +10,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lightning_slim.surgery.example import Example, as_example, step_of
 from lightning_slim.surgery.layers import Place, layer_kind
 from lightning_slim.surgery.layers.attention import Attention
-from lightning_slim.surgery.operations.observe import Component, Observation, Run, observe
+from lightning_slim.surgery.operations.observe import Bundle, Observation, Run, observe
 from lightning_slim.surgery.operations.observe import Place as Held
 from lightning_slim.surgery.sites import FEW, ROLES, Site, Survey, join, makes_channels, parts, reader, sites, stored
 from lightning_slim.surgery.ties import half_tied
@@ -114,20 +115,18 @@ class _Finder:
         """All groups, and the reasons of what stays whole."""
         heads = [group for name in self.order for group in self._heads(name)]
         cells = [group for name in self.order for group in self._cells(name)]
-        units: defaultdict[tuple[Any, ...], list[_Unit]] = defaultdict(list)
-        forms: dict[tuple[Any, ...], _Form] = {}
-        for component in self.seen.components:
-            if not self._is_claimed(component):
-                key = tuple((id(place.axis), place.made, place.read) for place in component.places)
-                if key not in forms:
-                    forms[key] = self._form(component)
-                form = forms[key]
-                reason = form.obstacle or component.fixed
-                if reason:
-                    self.result.left_whole.setdefault(form.name, reason)
-                else:
-                    unit = form.unit(component)
-                    units[form.name, unit.form].append(unit)
+        units: defaultdict[tuple[Any, ...], list[_Units]] = defaultdict(list)
+        for bundle in self.seen.bundles:
+            free = ~self._is_claimed(bundle)
+            if bool(free.any()):
+                form = self._form(bundle)
+                reasons = [form.obstacle or reason for reason in bundle.fixed]
+                fixed = torch.tensor([bool(reason) for reason in reasons])
+                for i in (free & fixed).nonzero().flatten().tolist()[:1]:
+                    self.result.left_whole.setdefault(form.name, reasons[i])
+                if bool((free & ~fixed).any()):
+                    found = form.units(bundle, free & ~fixed)
+                    units[form.name, found.form].append(found)
         for form_of in sorted(units, key=lambda form: (self.order.get(self._layer(form[0]), 0), form[0])):
             self._gather(form_of[0], units[form_of])
         self.result.groups += heads
@@ -143,7 +142,7 @@ class _Finder:
             self.result.left_whole.pop(group.name, None)
         return self.result
 
-    # --- components ---
+    # --- bundles of components ---
 
     def _layer(self, name: str) -> str:
         """The layer that a group is named after: the name may be that of a level of it, or of a bare tensor."""
@@ -151,26 +150,29 @@ class _Finder:
             name = name.rpartition(".")[0]
         return name
 
-    def _is_claimed(self, component: Component) -> bool:
-        if not self.claimed:
-            return False
-        places = ((self.claimed.get((place.axis.names[0], place.axis.number)), place) for place in component.places)
-        return any(claimed is not None and not claimed.isdisjoint(place.at) for claimed, place in places)
+    def _is_claimed(self, bundle: Bundle) -> Bool[Tensor, "components"]:
+        """Which of the components a layer has claimed, for units of its own."""
+        claimed = torch.zeros(len(bundle.fixed), dtype=torch.bool)
+        for place in bundle.places:
+            taken = self.claimed.get((place.axis.names[0], place.axis.number))
+            if taken is not None:
+                claimed |= torch.isin(place.at, torch.tensor(sorted(taken))).any(1)
+        return claimed
 
-    def _form(self, component: Component) -> _Form:
-        name = self._name(component)
-        layer, made = self._layer(name), [i for i, place in enumerate(component.places) if place.made]
+    def _form(self, bundle: Bundle) -> _Form:
+        name = self._name(bundle)
+        layer, made = self._layer(name), [i for i, place in enumerate(bundle.places) if place.made]
         sites = [
             [(tensor, place.axis.number, self._role(tensor, place)) for tensor in place.axis.names]
-            for place in component.places
+            for place in bundle.places
         ]
-        own = [i for i in made if layer in map(layer_of, component.places[i].axis.names)]
-        makers = [i for i in made if not self._recurs(component.places[i].axis.names[0])]
-        return _Form(name, self._obstacle(component), sites, makers, own[0] if own else 0)
+        own = [i for i in made if layer in map(layer_of, bundle.places[i].axis.names)]
+        makers = [i for i in made if not self._recurs(bundle.places[i].axis.names[0])]
+        return _Form(name, self._obstacle(bundle), sites, makers, own[0] if own else 0)
 
-    def _name(self, component: Component) -> str:
+    def _name(self, bundle: Bundle) -> str:
         """After the first layer that makes it, or the tensor."""
-        made = [(layer_of(name), place, name) for place in component.places if place.made for name in place.axis.names]
+        made = [(layer_of(name), place, name) for place in bundle.places if place.made for name in place.axis.names]
         proper = [each for each in made if makes_channels(self.modules.get(each[0]))] or made
         layer, _, tensor = min(proper, key=lambda each: self.order.get(each[0], len(self.order)))
         module = self.modules.get(layer)
@@ -181,9 +183,9 @@ class _Finder:
                 return f"{layer}.{level}".lstrip(".")
         return tensor if module is None or layer_kind(module) is None else layer
 
-    def _obstacle(self, component: Component) -> str:
-        """Why a component's tensors cannot be cut as they are stored; empty if they can."""
-        layers = dict.fromkeys(layer_of(name) for place in component.places for name in place.axis.names)
+    def _obstacle(self, bundle: Bundle) -> str:
+        """Why the components' tensors cannot be cut as they are stored; empty if they can."""
+        layers = dict.fromkeys(layer_of(name) for place in bundle.places for name in place.axis.names)
         for layer in layers:
             around = (layer, layer.rpartition(".")[0])
             if any(
@@ -217,17 +219,17 @@ class _Finder:
     def _recurs(self, tensor: str) -> bool:
         return isinstance(self.modules.get(layer_of(tensor)), nn.RNNBase | nn.RNNCellBase)
 
-    def _gather(self, name: str, members: list[_Unit]) -> None:
+    def _gather(self, name: str, members: list[_Units]) -> None:
         """Makes one group of units of one form, or says why not."""
-        members = sorted(members, key=lambda unit: unit.order)
-        first = members[0]
+        first = min(members, key=lambda units: int(units.order.min()))
+        order = torch.cat([units.order for units in members]).argsort(stable=True)
         spans = {
-            site: Span(site[0], site[1], torch.tensor([unit.places[site] for unit in members]), site[2])
+            site: Span(site[0], site[1], torch.cat([units.places[site] for units in members])[order], site[2])
             for site in first.places
         }
         reason = half_tied(self.model, spans.values())
-        if reason or len(members) <= MIN_UNITS:
-            self.result.left_whole.setdefault(name, reason or FEW.format(len(members), MIN_UNITS))
+        if reason or len(order) <= MIN_UNITS:
+            self.result.left_whole.setdefault(name, reason or FEW.format(len(order), MIN_UNITS))
             return
         # Several positions that a layer makes are variables of their own to whom reads them; several positions of one
         # channel, as behind a flatten, are repetitions.
@@ -452,10 +454,10 @@ class _Finder:
         """(tensors that make, tensors that read) the same positions."""
         return {
             (
-                frozenset(place.axis.names[0] for place in component.places if place.made),
-                frozenset(place.axis.names[0] for place in component.places if place.read),
+                frozenset(place.axis.names[0] for place in bundle.places if place.made),
+                frozenset(place.axis.names[0] for place in bundle.places if place.read),
             )
-            for component in self.seen.components
+            for bundle in self.seen.bundles
         }
 
     def _name_single(self) -> None:
@@ -523,31 +525,31 @@ class _Form:
     makers: list[int]
     first: int
 
-    def unit(self, component: Component) -> _Unit:
-        """The positions of one."""
-        places = {site: place.at for sites, place in zip(self.sites, component.places, strict=True) for site in sites}
-        made = {len(component.places[i].at) for i in self.makers}
-        return _Unit(places, made, component.places[self.first].at[0])
+    def units(self, bundle: Bundle, chosen: Bool[Tensor, "components"]) -> _Units:
+        """The positions of some components."""
+        at = [place.at[chosen] for place in bundle.places]
+        places = {site: held for sites, held in zip(self.sites, at, strict=True) for site in sites}
+        return _Units(places, {at[i].shape[1] for i in self.makers}, at[self.first][:, 0])
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """The positions that one unit owns.
+class _Units:
+    """The positions that units own, each unit one row of every place.
 
     Attributes:
         places: positions at each site.
-        made: how many positions of it weights make.
-        order: among the units of its group.
+        made: how many positions of a unit weights make.
+        order: among the units of their group.
     """
 
-    places: dict[Site, list[int]]
+    places: dict[Site, Int[Tensor, "units positions"]]
     made: set[int]
-    order: int
+    order: Int[Tensor, "units"]
 
     @property
     def form(self) -> tuple[Any, ...]:
         """Units of one form make a group: the same tensors, with the same number of positions in each."""
-        return tuple(sorted((*site, len(at)) for site, at in self.places.items()))
+        return tuple(sorted((*site, at.shape[1]) for site, at in self.places.items()))
 
 
 def _count(index: Tensor) -> int:

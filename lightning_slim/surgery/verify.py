@@ -23,6 +23,7 @@ from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, positions_gone, ren
 from lightning_slim.weight_norm import settle
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
+MANY = 8  # units, of which others than elsewhere are kept, even if as many
 
 
 def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, Example]) -> dict[str, str]:
@@ -180,16 +181,19 @@ def _compare_units(
     modes: Mapping[nn.Module, bool],
 ) -> str:
     read = [span.tensor for group in groups if group.name in plan for span in group.spans if span.role == "in"]
-    with _unmixed(model), untied(model, read), unread(model, groups, plan):
-        before = outputs(model, calls)
+    sizes = _Sizes()
+    with untied(model, read), unread(model, groups, plan):
+        with _unmixed(model, sizes):
+            before = outputs(model, calls)
         if not before:  # decoded in eval mode: classes, boxes
             _set_modes(modes if any(modes.values()) else dict.fromkeys(modes, True))
-            before = outputs(model, calls)
+            with _unmixed(model, sizes := _Sizes()):
+                before = outputs(model, calls)
         tried = {module: module.training for module in model.modules()}
     cuts = remove_units(model, groups, plan)
     failed = ""
     try:
-        with _unmixed(model):
+        with _unmixed(model, sizes.again()):
             after = outputs(model, calls)
         exactly = outputs(model, calls) if _difference(before, after, calls) else []
         if any(modes.values()):
@@ -237,7 +241,7 @@ def _alone(members: Sequence[UnitGroup]) -> Plan:
 
 
 def _apart(packs: Iterable[Sequence[UnitGroup]]) -> list[list[Plan]]:
-    """Plans for single packs, in rounds: in one round are no two of the same layer, or that keep the same fraction."""
+    """Plans for single packs, in rounds: in one round are no two of the same layer, and few that keep the same part."""
     rounds: list[list[Plan]] = []
     turns, draw = Counter[int](), torch.Generator().manual_seed(0)
     for members in packs:
@@ -246,7 +250,7 @@ def _apart(packs: Iterable[Sequence[UnitGroup]]) -> list[list[Plan]]:
         counts = sorted(
             range(floor, size), key=lambda n: (math.gcd(n, members[0].size) > 1, abs(2 * n - members[0].size))
         )
-        turn, number = divmod(turns[size], len(counts))
+        turn, number = divmod(turns[size] // (1 if size < MANY else 4), len(counts))
         turns[size] += 1
         turn += int(members[0].name.partition("#")[2] or 1) - 1
         rounds += [[] for _ in range(turn + 1 - len(rounds))]
@@ -290,8 +294,32 @@ def _difference(before: list[Tensor], after: list[Tensor], calls: Mapping[str, E
     return ""
 
 
+class _Sizes:
+    """How large signals are where they are normalised, call by call: measured in a first run, and the same in another.
+
+    Divided by it, they neither grow nor fade on their way through many layers, which rounding would not survive.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[nn.Module, list[float]] = {}
+        self.turns: dict[nn.Module, Iterator[float]] | None = None
+
+    def again(self) -> _Sizes:
+        """For another run."""
+        self.turns = {module: iter(known) for module, known in self.known.items()}
+        return self
+
+    def of(self, module: nn.Module, signal: Tensor) -> float:
+        if self.turns is not None:
+            return next(self.turns.get(module, iter(())), 1.0)
+        transformed = torch._C._functorch.maybe_current_level() is not None  # by `vmap`: it has no size of its own
+        size = 1.0 if transformed else float(signal.detach().square().mean().sqrt())
+        self.known.setdefault(module, []).append(size if 0 < size < math.inf else 1.0)
+        return self.known[module][-1]
+
+
 @contextmanager
-def _unmixed(model: nn.Module) -> Iterator[None]:
+def _unmixed(model: nn.Module, sizes: _Sizes | None = None) -> Iterator[None]:
     """Normalisations that mix channels only scale and shift them, for the time being."""
 
     def scale_and_shift(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -300,7 +328,8 @@ def _unmixed(model: nn.Module) -> Iterator[None]:
         first = isinstance(module, nn.GroupNorm) or (held is not None and args[0].shape[-held.ndim :] != held.shape)
         last = not first  # where the channels are: at the end, or at axis 1
         shape = (-1, *[1] * (output.ndim - 2))
-        scaled = args[0] if weight is None else args[0] * weight.view(weight.shape if last else shape)
+        signal = args[0] if sizes is None else args[0] / sizes.of(module, args[0])
+        scaled = signal if weight is None else signal * weight.view(weight.shape if last else shape)
         return scaled if bias is None else scaled + bias.view(bias.shape if last else shape)
 
     mixing = [m for m in model.modules() if (kind := layer_kind(m)) is not None and kind.mixes_channels]

@@ -21,10 +21,12 @@ class Labels:
     Attributes:
         layers: label tensors of its shape.
         data: whether it depends on the inputs; False: it is computed of parameters and constants alone.
+        number: equal for equal labels, once it is asked for.
     """
 
     layers: list[Tensor] = field(default_factory=list)
     data: bool = False
+    number: int | None = None
 
 
 def support(layer: Tensor) -> set[int]:
@@ -44,9 +46,15 @@ def shrink(layer: Tensor) -> Tensor:
     """Stride 0 wherever the labels do not vary."""
     small = compact(layer)
     for axis in range(small.dim()):
-        if small.size(axis) > 1 and bool((small == small.narrow(axis, 0, 1)).all()):
+        if small.size(axis) > 1 and _same(small, axis):
             small = small.narrow(axis, 0, 1)
     return small.contiguous().expand(layer.shape)
+
+
+def _same(layer: Tensor, axis: int) -> bool:
+    """Whether a layer does not vary along an axis; most that vary do so from the first position to the second."""
+    first = layer.narrow(axis, 0, 1)
+    return torch.equal(first, layer.narrow(axis, 1, 1)) and bool((layer == first).all())
 
 
 def removable(layer: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,32 +27,32 @@ Run = Callable[[], Any]
 
 
 class Place(NamedTuple):
-    """Positions of one component along one axis.
+    """Positions of components along one axis.
 
     Attributes:
         axis: of which tensor.
-        at: the positions, rising.
+        at: (components, positions): a row for each, rising.
         made: whether they are what a weight makes.
         read: whether they are what a weight reads.
     """
 
     axis: Axis
-    at: list[int]
+    at: Tensor
     made: bool
     read: bool
 
 
 @dataclass(frozen=True)
-class Component:
-    """Positions that live or die together.
+class Bundle:
+    """Components along the same axes; the positions of a component live or die together.
 
     Attributes:
         places: where they are.
-        fixed: why they must live; empty if they need not.
+        fixed: of each, why it must live; empty if it need not.
     """
 
     places: list[Place]
-    fixed: str
+    fixed: list[str]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Observation:
     """What a network showed while it computed.
 
     Attributes:
-        components: of all positions that something makes.
+        bundles: of all positions that something makes.
         normalised_by: name of a layer's weight -> name of a weight of the batch norm that alone takes in what it makes.
         positions: what is known of each.
         alone: by label, its component before the rows of one axis (heads, groups) had to lose the same columns.
@@ -67,7 +68,7 @@ class Observation:
         products: module -> what it carried out itself in eval mode.
     """
 
-    components: list[Component]
+    bundles: list[Bundle]
     normalised_by: dict[str, str]
     positions: Positions
     alone: Tensor
@@ -164,8 +165,8 @@ def observe(model: nn.Module, runs: Sequence[Run], networks: Sequence[str] = (""
                     raise
     alone = watcher.positions.find(watcher.positions.parent).clone()
     parts = list(watcher.algebra.parts.values())
-    components = _components(watcher)
-    return Observation(components, watcher.normalised(), watcher.positions, alone, parts, _products(watcher))
+    bundles = _bundles(watcher)
+    return Observation(bundles, watcher.normalised(), watcher.positions, alone, parts, _products(watcher))
 
 
 def _products(watcher: Watcher) -> dict[str, list[Product]]:
@@ -251,7 +252,7 @@ def _in_step(positions: Positions, grid: Tensor) -> None:
         positions.unite(grid[0], row, "view")
 
 
-def _components(watcher: Watcher) -> list[Component]:
+def _bundles(watcher: Watcher) -> list[Bundle]:
     """Of everything that a weight makes."""
     positions = watcher.positions
     for grid in watcher.algebra.rows.values():
@@ -268,19 +269,49 @@ def _components(watcher: Watcher) -> list[Component]:
     made, summed = (torch.zeros_like(positions.made) for _ in range(2))
     made[roots[positions.made]] = True
     summed[roots[positions.summed]] = True
-    reasons = positions.reasons()
-    places: dict[int, list[Place]] = {}
-    for axis in positions.axes:
+    reasons, taken_in = positions.reasons(), summed.tolist()
+
+    def fixed(root: int) -> str:
+        return reasons.get(root, "" if taken_in[root] else "no sum takes it in: it leaves by a way that was not seen")
+
+    found = [
+        (int(root[0]), Bundle(places, list(map(fixed, root.tolist()))))
+        for root, places in _alike(positions, roots, made)
+    ]
+    return [bundle for _, bundle in sorted(found, key=lambda each: each[0])]
+
+
+def _alike(positions: Positions, roots: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, list[Place]]]:
+    """The roots of components along the same axes, and where these components are."""
+    owners, at, codes = [], [], []  # of every position: its root, where it is, and of what axis and what use
+    used = torch.zeros_like(wanted)
+    for number, axis in enumerate(positions.axes):
         own = slice(axis.first, axis.first + axis.size)
         mine = roots[own]
-        wanted = made[mine]
-        if not bool(wanted.any()):
-            continue
-        at: dict[int, list[int]] = {}
-        for i, root in zip(wanted.nonzero().flatten().tolist(), mine[wanted].tolist(), strict=True):
-            at.setdefault(root, []).append(i)
-        is_made, is_read = (set(mine[flags[own]].tolist()) for flags in (positions.made, positions.read))
-        for root, each in at.items():
-            places.setdefault(root, []).append(Place(axis, each, root in is_made, root in is_read))
-    unseen = "no sum takes it in: it leaves by a way that was not seen"
-    return [Component(found, reasons.get(root, "" if summed[root] else unseen)) for root, found in places.items()]
+        chosen = wanted[mine].nonzero().flatten()
+        code = torch.full_like(chosen, 4 * number)
+        for bit, flags in ((1, positions.made), (2, positions.read)):
+            used[mine[flags[own]]] = True
+            code += bit * used[mine[chosen]]
+            used[mine] = False
+        owners.append(mine[chosen])
+        at.append(chosen)
+        codes.append(code)
+    order = torch.cat(owners).argsort(stable=True) if owners else torch.zeros(0, dtype=torch.long)
+    if not len(order):
+        return
+    owner, where, code = (torch.cat(each)[order] for each in (owners, at, codes))
+    root, counts = owner.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    ends = counts.cumsum(0)
+    for count in counts.unique().tolist():
+        of_count = counts == count
+        rows = ends[of_count, None] - count + torch.arange(count)
+        kinds, kind = torch.unique(code[rows], dim=0, return_inverse=True)
+        by_kind = kind.argsort(stable=True).split(torch.bincount(kind).tolist())
+        for axes, members in zip(kinds.tolist(), by_kind, strict=True):
+            places, begin = [], 0
+            for key, width in Counter(axes).items():
+                held = where[rows[members, begin : begin + width]]
+                places.append(Place(positions.axes[key // 4], held, bool(key & 1), bool(key & 2)))
+                begin += width
+            yield root[of_count][members], places

@@ -87,20 +87,12 @@ class Positions:
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Joins the sets of positive labels, pair by pair."""
-        a, b = self.find(a), self.find(b)
-        pairs = torch.stack([a, b])[:, a != b]
-        if not pairs.numel():
-            return
-        moved: dict[int, int] = {}
-        keys = torch.unique(pairs[0] * len(self.parent) + pairs[1])
-        for x, y in (divmod(key, len(self.parent)) for key in keys.tolist()):  # what moved since is in `moved`
-            while x in moved:
-                x = moved[x]
-            while y in moved:
-                y = moved[y]
-            if x != y:
-                moved[max(x, y)] = min(x, y)
-        self.parent[list(moved)] = torch.tensor(list(moved.values()), dtype=torch.long)
+        while True:
+            a, b = self.find(a), self.find(b)
+            a, b = a[a != b], b[a != b]
+            if not a.numel():
+                return
+            self.parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")  # one of a set's pairs
 
     def unite(self, a: Tensor, b: Tensor, operation: str) -> None:
         """Positions that meet live or die together; with one that must stay, they stay."""

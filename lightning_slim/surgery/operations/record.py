@@ -17,7 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_slim.eager import eagerly
 from lightning_slim.surgery.operations.algebra import Algebra
-from lightning_slim.surgery.operations.labels import Labels, along, distinct, fixed, shrink, support
+from lightning_slim.surgery.operations.labels import Labels, along, fixed, shrink, support
+from lightning_slim.surgery.operations.memo import Memo
 from lightning_slim.surgery.operations.positions import Positions
 from lightning_slim.surgery.operations.rules import MOVES, PRODUCTS, Operation, Rules
 
@@ -48,7 +49,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.model = model
         self.positions = Positions(model)
         self.algebra = Algebra(self.positions)
-        self.rules = Rules(self.algebra)
+        self.memo = Memo(Rules(self.algebra))
         self.operations = 0
         self.within: list[str] = []  # modules that are running, the innermost last
         self.products: list[tuple[str, int, list[Tensor]]] = []  # module, multiply-accumulates, labels of the indices
@@ -119,11 +120,10 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         plain = name.rstrip("_") if in_place else name
         writes = (in_place and plain not in MOVES) or "out" in kwargs  # `squeeze_` and the like only look anew
-        made = self.rules.apply(Operation(func, plain, args, kwargs, results, lambda tensor: before[id(tensor)]))
+        made = self.memo.apply(Operation(func, plain, args, kwargs, results, lambda tensor: before[id(tensor)]))
         if plain in PRODUCTS or plain == "convolution":
             self._count(func, args, kwargs, out)
         for tensor, labels in zip(results, made, strict=True):
-            labels = Labels(distinct(labels.layers), labels.data)
             (self.write if writes else self.put)(tensor, labels)
         if plain in ("convolution", "addmm", "mm") and not in_place:
             weight = next((id(self._parameter(t)) for t in args if isinstance(t, Tensor) and self._is_matrix(t)), 0)
