@@ -395,13 +395,18 @@ class Pruner:
         modules = {name: self.model.get_submodule(name) for name in self._teachers}
         frozen = [name for name, module in modules.items() if not any(p.requires_grad for p in module.parameters())]
         moved = [name for name in frozen if _checksum(modules[name]) != self._teachers[name]]
-        if moved:
+        for name in moved:
+            alike = _built_alike(self.model, name)
+            cut = [group for group in self.groups if any(span.tensor.startswith(alike) for span in group.spans)]
+            if not cut and alike:
+                continue  # what it follows is left whole
+            both = [f"{part}*" for part in (*alike, f"{name}.")]
             raise ValueError(
-                f"Expected frozen weights to stay as they are, got {moved[0]}, which changed although it is frozen: it "
-                "seems to be the moving average of another network (a momentum or mean teacher), which the training "
-                "step updates itself and which a cut would leave behind. Use Lightning's `WeightAveraging` or "
-                "`EMAWeightAveraging` callback, whose averages are cut alike, or prune when the teacher has done its "
-                "work."
+                f"Expected frozen weights to stay as they are, got {name}, which changed although it is frozen: it "
+                "seems to be the moving average of another network (a momentum or mean teacher, a target network), "
+                "which the module updates itself and which a cut would leave behind. Leave both whole, by "
+                f"`skip={both}`, use Lightning's `WeightAveraging` or `EMAWeightAveraging` callback, whose averages "
+                "are cut alike, or prune when the teacher has done its work."
             )
 
     def _warn_of_short_series(self) -> None:
@@ -645,6 +650,17 @@ def _checksum(module: nn.Module) -> float:
     """Tells whether weights have changed."""
     weights = (p.detach().double() for p in module.parameters())
     return sum(float(p.sum() + p.abs().sum()) for p in weights)
+
+
+def _built_alike(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Where else in a model there is a network with the same tensors as one of its modules, as prefixes of names."""
+
+    def tensors(module: nn.Module) -> dict[str, torch.Size]:
+        return {leaf: p.shape for leaf, p in module.named_parameters()}
+
+    mine = tensors(model.get_submodule(name))
+    others = (other for other, _ in model.named_modules() if other != name and not other.startswith(f"{name}."))
+    return tuple(f"{other}." for other in others if tensors(model.get_submodule(other)) == mine)
 
 
 def _rounded_up(figure: float) -> float:

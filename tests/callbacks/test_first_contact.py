@@ -105,8 +105,29 @@ def test_a_teacher_that_the_step_moves_itself_is_refused(tmp_path: Path) -> None
         return F.mse_loss(lit.student(x), target)
 
     lit = Momentum(loss, student=mlp(6, 16, 3), teacher=mlp(6, 16, 3).requires_grad_(False))
-    with pytest.raises(ValueError, match="got teacher, which changed although it is frozen"):
+    message = r"got teacher, which changed although it is frozen: .*by `skip=\['student.\*', 'teacher.\*'\]`"
+    with pytest.raises(ValueError, match=message):
         fit(tmp_path, lit)
+
+
+def test_what_a_target_network_follows_may_be_left_whole(tmp_path: Path) -> None:
+    """An actor and a critic, whose target the module moves: only the actor is cut."""
+
+    class ActorCritic(Lit):
+        @torch.no_grad()
+        def on_train_batch_end(self, *args: object) -> None:
+            for average, weight in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+                average.lerp_(weight, 0.1)
+
+    def loss(lit: Lit, x: Tensor, y: Tensor, i: int) -> Tensor:
+        with torch.no_grad():
+            value = lit.target(x)
+        return F.mse_loss(lit.critic(x), value) - lit.critic(lit.actor(x)).mean()
+
+    lit = ActorCritic(loss, actor=mlp(6, 32, 32, 6), critic=mlp(6, 8, 3), target=mlp(6, 8, 3).requires_grad_(False))
+    callback = fit(tmp_path, lit, skip=["critic.*", "target.*"])
+    assert callback.pruner.widths.keys() == {"actor.0", "actor.2"}
+    assert callback.history.events[-1].reached <= 0.5
 
 
 def test_one_that_the_step_itself_moves_is_told_apart_from_a_teacher(tmp_path: Path) -> None:

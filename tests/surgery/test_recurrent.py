@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from lightning_slim import Granger, Magnitude, OneShot, Pruner, Taylor, Units, find_groups, migrate, remove_units
 from lightning_slim.selection import Selection
 from lightning_slim.surgery import Example, resize_to, restore, survey
+from lightning_slim.surgery.groups import survey_networks
 from lightning_slim.surgery.layers.recurrent import heard
 from lightning_slim.surgery.verify import vet
 from lightning_slim.units import Plan, UnitGroup
@@ -470,3 +471,28 @@ def test_some_items_are_heard_as_among_all(kind: type[nn.RNNBase]) -> None:
     for name, read in some.items():
         assert read.shape[:2] == (3, 4)
         torch.testing.assert_close(read, everything[name][[0, 2, 5]])
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_sequences_of_any_length_and_order_are_read_and_padded(in_order: bool, both: bool) -> None:
+    """As everybody writes it: packed, padded to the longest of all, and read further."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.r = nn.Linear(4, 8), nn.GRU(8, 6, 2, batch_first=True, bidirectional=both)
+            self.b = nn.Linear(12 if both else 6, 3)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(self.a(x), lengths, batch_first=True, enforce_sorted=in_order)
+            made, _ = pad_packed_sequence(self.r(packed)[0], batch_first=True, total_length=x.shape[1])
+            return self.b(made)
+
+    network, x = Padded(), torch.randn(2, 7, 4)
+    call = Example((x, torch.tensor([5, 4] if in_order else [4, 5])), samples=2)
+    found = survey_networks(network, {"": call})
+    assert {group.name: group.size for group in found.groups} == {"a": 8} | dict.fromkeys(
+        ("r", "r#2", "r.l0", "r.l0_reverse") if both else ("r", "r.l0"), 6
+    )
+    assert vet(network, found.groups, {"": call}) == {}

@@ -51,6 +51,17 @@ def shrink(layer: Tensor) -> Tensor:
     return small.contiguous().expand(layer.shape)
 
 
+def filled(layer: Tensor) -> Tensor:
+    """Zeros take the label that all others have along an axis, as where sequences are padded; channels stay apart."""
+    small = compact(layer)
+    for axis in support(small):
+        labels = small.amax(axis, keepdim=True)
+        alone = support(shrink(labels)) and bool((small >= 0).all())
+        if alone and bool(((small == labels) | (small == 0)).all()):
+            small = labels
+    return small.expand(layer.shape)
+
+
 def _same(layer: Tensor, axis: int) -> bool:
     """Whether a layer does not vary along an axis; most that vary do so from the first position to the second."""
     first = layer.narrow(axis, 0, 1)

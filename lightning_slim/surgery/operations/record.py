@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_slim.eager import eagerly
 from lightning_slim.surgery.operations.algebra import Algebra
-from lightning_slim.surgery.operations.labels import Labels, along, fixed, shrink, support
+from lightning_slim.surgery.operations.labels import Labels, along, filled, fixed, shrink, support
 from lightning_slim.surgery.operations.memo import Memo
 from lightning_slim.surgery.operations.positions import Positions
 from lightning_slim.surgery.operations.rules import MOVES, PRODUCTS, Operation, Rules
@@ -212,7 +212,7 @@ def _overwritten(view: View, other: Labels, written: View, labels: Labels) -> li
                 flat, rest = trial, [layer for layer in rest if layer is not old]
                 break
         flat.as_strided(written[1], written[2], written[0]).copy_(new)
-        layers.append(shrink(flat.as_strided(shape, stride, offset).clone()))
+        layers.append(shrink(filled(flat.as_strided(shape, stride, offset).clone())))
     return layers + rest
 
 
