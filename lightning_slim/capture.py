@@ -89,7 +89,7 @@ def _outermost(model: nn.Module, before: Note | None = None, after: Note | None 
 
     handles = []
     for name, module in model.named_modules():
-        if any(True for _ in module.parameters()):
+        if any(True for _ in module.parameters()) and not isinstance(module, torch.jit.ScriptModule):  # it has no hooks
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(leave(name), with_kwargs=True, always_call=True))
     with hooked(handles):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -103,7 +102,7 @@ def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> N
     """Raises before training where a cut would break the run.
 
     Raises:
-        MisconfigurationException: sharded parameters, processes that cannot agree, or scripted modules.
+        MisconfigurationException: sharded parameters, or processes that cannot agree.
     """
     strategy = trainer.strategy
     if SHARDED & {c.__name__ for c in type(strategy).__mro__}:
@@ -121,12 +120,6 @@ def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> N
             f"Expected one process or DDPStrategy, got {type(strategy).__name__}: ranks would cut differently. "
             'Use strategy="ddp", or one device.'
         )
-    for name, module in pl_module.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise MisconfigurationException(
-                f"Expected eager modules, got the scripted module {name!r}: its layers cannot be seen. "
-                "Script it after training."
-            )
 
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:

@@ -90,6 +90,12 @@ class Gathering:
         looked = self._looks and not pruner.history.events
         calls, self._calls = self._calls, {}
         module = trainer.lightning_module
+        if looked and not (calls or self._seen or pruner.networks):
+            self.refused = ValueError(
+                f"Expected a training step that calls modules with parameters, got none in {type(module).__name__}: "
+                "what is computed of parameters alone, or by scripted modules, cannot be watched. Call the network, "
+                "as in `self.net(x)`."
+            )
         if looked and pruner.agree(bool(calls.keys() - pruner.networks) or self._arrivals.any):
             # The first batch, or one that goes a way that none went before.
             self._seen = looked_at(module, calls, batch, self._batch_idx, self._seen)

@@ -73,7 +73,8 @@ def looked_at(
     networks = {name: _beside(known.get(name), call) for name, call in calls.items()}
     together = {**known, **networks}
     takes = known.step.takes if isinstance(known.step, ReplayedStep) else ()
-    if not module.automatic_optimization or len(together) < 2 or len(takes) >= MOST:
+    alone = len(together) < 2 and not _reaches_beyond(module, together)
+    if not module.automatic_optimization or alone or len(takes) >= MOST:
         return Calls(together, known.step)
     step = _smallest(module, batch, batch_idx, takes)
     return Calls(together, step or known.step)
@@ -86,6 +87,12 @@ def validated(module: LightningModule, calls: Mapping[str, Example], batch: Any,
         return Calls(together, known.step)
     step = ReplayedStep(module, (*known.step.takes, lambda: validation_of(module, _copied(batch))))
     return Calls(together, step if step.runs() else known.step)
+
+
+def _reaches_beyond(module: LightningModule, calls: Mapping[str, Example]) -> bool:
+    """Whether a module has weights that are in no network, and that the step may use itself."""
+    inside = tuple(f"{name}." if name else "" for name in calls)
+    return any(p.requires_grad and not name.startswith(inside) for name, p in module.named_parameters())
 
 
 def _beside(known: Example | None, call: Example) -> Example:

@@ -187,6 +187,8 @@ class _Finder:
         """Why the components' tensors cannot be cut as they are stored; empty if they can."""
         layers = dict.fromkeys(layer_of(name) for place in bundle.places for name in place.axis.names)
         for layer in layers:
+            if any(isinstance(self.modules.get(part), torch.jit.ScriptModule) for part in _around(layer)):
+                return f"{layer} is scripted, so its code cannot be changed: script it after training"
             around = (layer, layer.rpartition(".")[0])
             if any(
                 isinstance(m := self.modules.get(each), nn.MultiheadAttention) and not layer_kind(m) for each in around

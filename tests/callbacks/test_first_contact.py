@@ -143,6 +143,19 @@ def test_one_that_the_step_itself_moves_is_told_apart_from_a_teacher(tmp_path: P
         fit(tmp_path, lit)
 
 
+def test_a_matrix_of_the_module_itself_reads_a_network(tmp_path: Path) -> None:
+    lit = Lit(lambda s, x, y, i: F.cross_entropy(s.body(x) @ s.prototypes, y), body=mlp(6, 16, 16))
+    lit.prototypes = nn.Parameter(torch.randn(16, 4))
+    fit(tmp_path, lit)
+    assert lit.body[2].out_features == len(lit.prototypes) < 16
+
+
+def test_a_step_that_calls_no_module_is_refused(tmp_path: Path) -> None:
+    lit = Lit(lambda s, x, y, i: F.cross_entropy(F.linear(x, s.fc.weight), y), fc=nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="Expected a training step that calls modules with parameters, got none"):
+        fit(tmp_path, lit)
+
+
 def test_metrics_do_not_hide_the_network(tmp_path: Path) -> None:
     def loss(lit: Lit, x: Tensor, y: Tensor, i: int) -> Tensor:
         logits = lit.net(x)

@@ -222,11 +222,33 @@ def test_more_lags_than_steps(tmp_path: Path) -> None:
         trainer(tmp_path, quick(lags=4, record_every_n_steps=1)).fit(Series(), loader(), loader())
 
 
-def test_a_scripted_module(tmp_path: Path) -> None:
+def test_a_scripted_network_has_nothing_to_remove(tmp_path: Path) -> None:
     lit = Lit()
     with pytest.warns(DeprecationWarning, match="script"):
-        lit.net = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))  # type: ignore[assignment]
-    fit_fails(tmp_path, quick(), "scripted module 'net'", lit, MisconfigurationException)
+        lit.net = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.Linear(9, 5)))  # type: ignore[assignment]
+    fit_fails(tmp_path, quick(), "calls modules with parameters, got none in Lit: .* or by scripted modules", lit)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.zeros(2, 12))])
+def test_what_lies_around_a_scripted_part_is_cut(tmp_path: Path, make: Any) -> None:
+    lit = Lit()
+    scripted = make(nn.Sequential(nn.Linear(12, 12), nn.ReLU()))
+    lit.net = nn.Sequential(  # type: ignore[assignment]
+        nn.Flatten(),
+        nn.Linear(192, 16),
+        nn.ReLU(),
+        nn.Linear(16, 12),
+        scripted,
+        nn.Linear(12, 16),
+        nn.ReLU(),
+        nn.Linear(16, 5),
+    )
+    prune = quick()
+    trainer(tmp_path, prune).fit(lit, loader(), loader())
+    assert prune.pruner.widths.keys() == {"net.1", "net.5"}
+    assert prune.history.events[-1].reached <= 0.5
+    assert "net.4.0 is scripted" in prune.pruner.left_whole["net.3"]
 
 
 @pytest.mark.parametrize("name", sorted(SHARDED))

@@ -243,7 +243,19 @@ def _leaving(model: nn.Module, watcher: Watcher, networks: Sequence[str]) -> Ite
             ):
                 stack.callback(handle.remove)
         yield
-    positions.block((told & ~passed).nonzero().flatten(), LEAVES)
+    beyond = _read_beyond(positions, tuple(f"{name}." if name else "" for name in networks))
+    positions.block((told & ~passed & ~beyond).nonzero().flatten(), LEAVES)
+
+
+def _read_beyond(positions: Positions, inside: tuple[str, ...]) -> Tensor:
+    """By label, whether a weight that is in no network reads it: it is no output then."""
+    beyond, found = (torch.zeros_like(positions.made) for _ in range(2))
+    for axis in positions.axes:
+        if not axis.names[0].startswith(inside):
+            beyond[axis.first : axis.first + axis.size] = True
+    roots = positions.find(positions.parent)
+    found[roots[beyond & positions.read]] = True
+    return found[roots]
 
 
 def _in_step(positions: Positions, grid: Tensor) -> None:
