@@ -60,9 +60,9 @@ class Memo:
         return key
 
     def _mark(self, op: Operation) -> Callable[[Tensor], Hashable]:
-        return lambda tensor: (self._number(op.of(tensor)), tuple(tensor.shape))
+        return lambda tensor: (self.number(op.of(tensor)), tuple(tensor.shape))
 
-    def _number(self, labels: Labels) -> int:
+    def number(self, labels: Labels) -> int:
         """The same for labels that say the same."""
         if labels.number is None:
             layers = tuple((tuple(layer.shape), frozenset(support(layer)), _digest(layer)) for layer in labels.layers)
