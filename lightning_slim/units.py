@@ -244,6 +244,8 @@ def renumber(groups: list[UnitGroup], plan: Mapping[str, Bool[Tensor, "units"]])
         groups: all groups of a model (a tensor may be shared by several of them).
         plan: group name -> keep mask.
     """
+    if not plan:
+        return list(groups)
     blocks, missing = blocks_gone(groups, plan), positions_gone(groups, plan)
 
     def stands(name: str) -> bool:

@@ -48,6 +48,7 @@ from lightning_slim.surgery import Example, find_work
 from tests.machines import in_packets
 from tests.networks import Mixed, images, mixed_plan
 from tests.surgery.test_cut import NETWORKS, some
+from tests.variants import variants
 from tests.zoo.blocks import classifier, conv_norm
 from tests.zoo.residual import basic
 
@@ -239,10 +240,9 @@ SIZED = {
 }
 
 
-@pytest.mark.parametrize("scope", get_args(Scope))
-@pytest.mark.parametrize("round_to", [1, 8])
-@pytest.mark.parametrize("kind", CLOSED)
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize(
+    ("name", "kind", "round_to", "scope"), variants(list(SIZED), CLOSED, [1, 8], get_args(Scope), every=4)
+)
 def test_of_a_budget_nothing_is_left_that_the_rounding_could_spend(
     name: str, kind: type[Budget], round_to: int, scope: str
 ) -> None:

@@ -37,6 +37,7 @@ from lightning_slim.surgery import remove_units
 from tests.networks import Mixed, images, same, same_optimizer_state
 from tests.surgery.test_cut import Net
 from tests.surgery.test_optimizer import Strange
+from tests.variants import variants
 
 
 def prepared(network: nn.Module, x: torch.Tensor, score: Score | None = None, **kwargs) -> Pruner:
@@ -120,8 +121,7 @@ EVERY += [BivariateGranger(axis="training_step"), Granger(0, "labels"), Granger(
 EVERY += [Granger(0, form="leave_one_out"), Screening("kruskal_wallis", "nothing"), Screening(times="scale")]
 
 
-@pytest.mark.parametrize("score", EVERY, ids=str)
-@pytest.mark.parametrize("compensate", ["none", "least_squares"])
+@pytest.mark.parametrize(("score", "compensate"), variants(EVERY, ["none", "least_squares"], every=2), ids=str)
 def test_every_score_prunes_with_and_without_compensation(score: Score, compensate: str) -> None:
     network, (x, y) = Mixed(), images(0)
     pruner = prepared(network, x, score, compensate=compensate)

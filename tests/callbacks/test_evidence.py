@@ -32,6 +32,7 @@ from lightning_slim import (
 )
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.networks import same
+from tests.variants import variants
 
 SCORES = [
     Screening(),
@@ -46,7 +47,7 @@ SCORES = [
 ]
 
 
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize("score", variants(SCORES, every=2), ids=str)
 def test_every_kind_of_evidence_prunes_and_resumes_bitwise(score: Score, tmp_path: Path) -> None:
     def run(folder: str, ckpt_path: Path | None = None) -> tuple[Lit, Prune]:
         every_epoch = pl.callbacks.ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)

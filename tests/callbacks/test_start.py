@@ -44,6 +44,7 @@ from lightning_slim import (
 )
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.networks import images, same, same_optimizer_state
+from tests.variants import variants
 
 SCORES = {"magnitude": Magnitude(), "snip": Taylor(of="weights"), "grasp": GraSP(), "synflow": SynFlow()}
 OF_WEIGHTS = {
@@ -129,8 +130,7 @@ NOTHING = {
 }
 
 
-@pytest.mark.parametrize("own_generator", [False, True])
-@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize(("name", "own_generator"), variants(list(NOTHING), [False, True], every=2))
 def test_a_probe_that_removes_nothing_leaves_no_trace(tmp_path: Path, name: str, own_generator: bool) -> None:
     def run(*callbacks: pl.Callback) -> tuple[Any, Any]:
         pl.seed_everything(3, verbose=False)

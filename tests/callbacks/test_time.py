@@ -30,6 +30,7 @@ from lightning_slim import (
 from lightning_slim.callbacks.pace import Pace
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.networks import images
+from tests.variants import variants
 
 
 def cut(**kwargs: Any) -> Prune:
@@ -146,11 +147,9 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("settings", SHORT, ids=str)
 @pytest.mark.parametrize(
-    "make",
-    [cut, masked, lambda: cut(when="end"), lambda: masked(when="end")],
-    ids=["cut", "masked", "cut end", "masked end"],
+    ("settings", "make"),
+    variants(SHORT, [cut, masked, lambda: cut(when="end"), lambda: masked(when="end")], every=3),
 )
 def test_short_runs(tmp_path: Path, make: Callable[[], Any], settings: dict[str, Any]) -> None:
     callback = make()
@@ -245,8 +244,7 @@ def test_no_steps_between_cuts() -> None:
 # --- fit after fit ---
 
 
-@pytest.mark.parametrize("make", [cut, masked])
-@pytest.mark.parametrize("batches", [True, 8])
+@pytest.mark.parametrize(("make", "batches"), variants([cut, masked], [True, 8], every=2))
 def test_a_smoke_test_leaves_nothing_behind(tmp_path: Path, make: Any, batches: Any) -> None:
     lit, callback = Lit(), make()
     trainer(tmp_path, callback, fast_dev_run=batches).fit(lit, loader(64), loader())
@@ -303,8 +301,10 @@ def test_the_same_trainer_trains_on(tmp_path: Path, make: Any) -> None:
     assert left(callback) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("epochs", [1, 3, 5])
-@pytest.mark.parametrize("make", [cut, masked, lambda: cut(when="end"), lambda: masked(when="end")])
+@pytest.mark.parametrize(
+    ("epochs", "make"),
+    variants([1, 3, 5], [cut, masked, lambda: cut(when="end"), lambda: masked(when="end")], every=3),
+)
 def test_more_epochs_after_a_resume(tmp_path: Path, make: Any, epochs: int) -> None:
     """Points of the longer run lie elsewhere than those of the shorter one."""
     saved = ModelCheckpoint(tmp_path, save_last=True)

@@ -40,6 +40,7 @@ from lightning_slim.surgery.blocks import Dropped
 from lightning_slim.surgery.verify import vet_blocks
 from lightning_slim.units import MIN_UNITS, Plan, renumber
 from tests.networks import same, same_optimizer_state
+from tests.variants import variants
 
 WIDTH = 12
 
@@ -231,9 +232,15 @@ def test_a_failure_puts_blocks_back() -> None:
     assert not dropped(network)
 
 
-@pytest.mark.parametrize("score", [Magnitude(), Taylor(), Random(), Granger(0)], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("granularity", ["layers", "both"])
-@pytest.mark.parametrize("name", ["norm first", "of other hidden widths", "convolutions"])
+@pytest.mark.parametrize(
+    ("name", "granularity", "score"),
+    variants(
+        ["norm first", "of other hidden widths", "convolutions"],
+        ["layers", "both"],
+        [Magnitude(), Taylor(), Random(), Granger(0)],
+        every=3,
+    ),
+)
 def test_costs_foretell_what_is_left(name: str, granularity: str, score: object) -> None:
     make, x, _ = FOUND[name]
     network = make()

@@ -22,6 +22,7 @@ from lightning_slim.surgery.verify import vet
 from lightning_slim.units import Plan, UnitGroup
 from tests.networks import same
 from tests.surgery.test_cut import zeroed
+from tests.variants import variants
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -67,8 +68,7 @@ def different(groups: list[UnitGroup]) -> Plan:
 USES = ("sequence", "last step", "h_n", "packed")
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-@pytest.mark.parametrize("layers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "layers"), variants(["LSTM", "GRU", "RNN"], [2, 3, 1], every=3))
 def test_the_cut_network_equals_the_zeroed_one_in_every_configuration(kind: str, layers: int) -> None:
     """384 configurations in all, nine of these tests together."""
     projections = (0, 6) if kind == "LSTM" else (0,)

@@ -42,6 +42,7 @@ from tests.callbacks.runs import trainer
 from tests.networks import same, same_optimizer_state, without_weight_norm
 from tests.surgery.test_compensate import depend, fold_and_cut
 from tests.surgery.test_cut import NETWORKS, Net, some, zeroed
+from tests.variants import variants
 
 FORMS: dict[str, Callable[..., nn.Module]] = {
     "parametrization": parametrizations.weight_norm,
@@ -288,9 +289,15 @@ def test_a_cut_network_trains_on_as_the_narrow_one_built_by_hand(form: str) -> N
 # --- scores, folds and costs ---
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("score", [Granger(), Magnitude(), Taylor()], ids=lambda score: type(score).__name__)
-@pytest.mark.parametrize("name", ["Conv1d", "grouped", "depthwise", "ConvTranspose", "Embedding", "flatten"])
+@pytest.mark.parametrize(
+    ("name", "score", "form"),
+    variants(
+        ["Conv1d", "grouped", "depthwise", "ConvTranspose", "Embedding", "flatten"],
+        [Granger(), Magnitude(), Taylor()],
+        list(FORMS),
+        every=3,
+    ),
+)
 def test_it_is_pruned_as_the_network_with_ordinary_weights(name: str, score: Score, form: str) -> None:
     network, x = ALL[name]()
     network = normed(network, form)
