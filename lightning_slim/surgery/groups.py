@@ -140,6 +140,9 @@ class _Finder:
         self._protect_unreached()
         for group in self.result.groups:  # what stays of its layer is of another axis, as the tokens of an embedding
             self.result.left_whole.pop(group.name, None)
+            for span in group.spans:  # or a part of the axis, as columns beside those of an embedding
+                if span.role == "out":
+                    self.result.left_whole.pop(layer_of(span.tensor), None)
         return self.result
 
     # --- bundles of components ---

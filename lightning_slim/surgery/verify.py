@@ -170,7 +170,10 @@ def compare(
 
 def _failure(error: Exception) -> str:
     message = (str(error).splitlines() or [""])[0][:100]
-    return f"the network fails without them ({type(error).__name__}: {message})"
+    return (
+        f"the network fails without them ({type(error).__name__}: {message}): where the code writes a width down, let "
+        "it ask the layer or the tensor, as in `self.lstm.hidden_size` or `x.shape[1]`"
+    )
 
 
 def _compare_units(

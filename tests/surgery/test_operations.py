@@ -68,6 +68,11 @@ NETWORKS: dict[str, tuple[Callable[[], Net], dict[str, int]]] = {
         lambda: between(lambda s, h: s.m(h), m=torch.jit.script(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))),
         {},
     ),
+    "columns beside others": (
+        lambda: Net(lambda s, x: s.b(s.c(torch.cat([s.a(x), x], 1)) * torch.cat([s.a(x), x], 1)),
+                    a=nn.Linear(5, 8), c=nn.Linear(13, 13), b=nn.Linear(13, 3)),
+        {"a": 8},
+    ),
     "vmap": (
         lambda: Net(
             lambda s, x: torch.vmap(lambda row: s.b(s.a(row).relu()))(x), a=nn.Linear(5, 8), b=nn.Linear(8, 3)
@@ -92,6 +97,13 @@ def test_the_units_are_those_by_hand(name: str) -> None:
     assert {group.name: group.size for group in found.groups} == sizes
     assert vet(network, found.groups, {"": Example((x,))}) == {}
     assert sizes or "a" in found.left_whole
+    assert not any(
+        span.tensor.startswith(f"{name}.")
+        for group in found.groups
+        for span in group.spans
+        if span.role == "out"
+        for name in found.left_whole
+    )
 
 
 def test_what_cannot_be_recorded_goes_by_the_other_graph() -> None:

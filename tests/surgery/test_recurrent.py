@@ -496,3 +496,35 @@ def test_sequences_of_any_length_and_order_are_read_and_padded(in_order: bool, b
         ("r", "r#2", "r.l0", "r.l0_reverse") if both else ("r", "r.l0"), 6
     )
     assert vet(network, found.groups, {"": call}) == {}
+
+
+def test_a_state_that_the_network_returns_is_named() -> None:
+    class Carries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.b = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            made, state = self.r(x)
+            return self.b(made[:, -1]), tuple(each.detach() for each in state)
+
+    found = survey(Carries(), torch.randn(2, 5, 4))
+    assert found.groups == []
+    assert "the state of a recurrent layer, which the network returns" in found.left_whole["r"]
+
+
+def test_a_width_that_the_code_writes_down_is_named_with_the_remedy() -> None:
+    class Begins(nn.Module):
+        def __init__(self, hidden: int = 8) -> None:
+            super().__init__()
+            self.hidden = hidden
+            self.r, self.b = nn.GRU(4, hidden, batch_first=True), nn.Linear(hidden, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.r(x, x.new_zeros(1, len(x), self.hidden))[0][:, -1])
+
+    network, x = Begins(), torch.randn(2, 5, 4)
+    groups = find_groups(network, x)
+    reasons = vet(network, groups, {"": Example((x,))})
+    assert "got [1, 2, 8]" in reasons["r"]
+    assert "let it ask the layer or the tensor, as in `self.lstm.hidden_size`" in reasons["r"]

@@ -22,6 +22,10 @@ from lightning_slim.surgery.operations.record import Watcher, slowly
 from lightning_slim.surgery.operations.recurrent import unrolled
 
 LEAVES = "it reaches an input or an output of the network"
+STATE = (
+    "it is the state of a recurrent layer, which the network returns: what takes it in elsewhere would not follow; it "
+    "can be cut where the network keeps its state to itself"
+)
 
 Run = Callable[[], Any]
 
@@ -215,7 +219,7 @@ def _placed(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 def _leaving(model: nn.Module, watcher: Watcher, networks: Sequence[str]) -> Iterator[None]:
     """What the networks return must stay, unless another one is called with it."""
     positions = watcher.positions
-    told, passed = torch.zeros_like(positions.made), torch.zeros_like(positions.made)
+    told, passed, states = (torch.zeros_like(positions.made) for _ in range(3))
     depth = [0]
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -233,6 +237,8 @@ def _leaving(model: nn.Module, watcher: Watcher, networks: Sequence[str]) -> Ite
             for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
                 for layer in watcher.of(tensor).layers:
                     positions.note(flags, layer)
+                    if flags is told and watcher.is_state(tensor):
+                        positions.note(states, layer)
 
     with ExitStack() as stack:
         for name in networks:
@@ -244,7 +250,9 @@ def _leaving(model: nn.Module, watcher: Watcher, networks: Sequence[str]) -> Ite
                 stack.callback(handle.remove)
         yield
     beyond = _read_beyond(positions, tuple(f"{name}." if name else "" for name in networks))
-    positions.block((told & ~passed & ~beyond).nonzero().flatten(), LEAVES)
+    leaves = told & ~passed & ~beyond
+    positions.block((leaves & states).nonzero().flatten(), STATE)
+    positions.block(leaves.nonzero().flatten(), LEAVES)
 
 
 def _read_beyond(positions: Positions, inside: tuple[str, ...]) -> Tensor:

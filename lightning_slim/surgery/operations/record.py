@@ -51,6 +51,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.algebra = Algebra(self.positions)
         self.memo = Memo(Rules(self.algebra))
         self.operations = 0
+        self.states: set[int] = set()  # memories of the states of recurrent layers
         self.within: list[str] = []  # modules that are running, the innermost last
         self.products: list[tuple[str, int, list[Tensor]]] = []  # module, multiply-accumulates, labels of the indices
         self._trails: dict[int, _Trail] = {}  # memory -> what is known of a weighted sum that lies there
@@ -90,6 +91,15 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if view != mine and tensor.numel() and 0 not in view[1]:
                 known[view] = Labels(_overwritten(view, other, mine, labels), labels.data or other.data)
         self.put(tensor, labels)
+
+    def is_state(self, tensor: Tensor) -> bool:
+        """Whether a recurrent layer returned it beside its output."""
+        return _memory(tensor) in self.states
+
+    def put_state(self, tensor: Tensor, labels: Labels) -> None:
+        """Labels the state of a recurrent layer."""
+        self.put(tensor, labels)
+        self.states.add(_memory(tensor))
 
     # --- operations ---
 
@@ -134,6 +144,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.operations % CLEAN_EVERY == 0:
             for memory in [memory for memory, ref in self._alive.items() if ref.expired()]:  # type: ignore[no-untyped-call]
                 del self._alive[memory], self._labels[memory]
+                self.states.discard(memory)
                 self._end(memory)
         return out
 

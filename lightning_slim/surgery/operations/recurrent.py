@@ -63,7 +63,7 @@ class _Steps:
         for tensor, units in zip(tree_leaves(state), (visible, cells), strict=False):
             grid = units if tensor.dim() == 2 else units[:, None]
             rest = fixed(tensor.shape, [1]) if tensor.dim() == 3 else []
-            self.watcher.put(tensor, Labels([grid.expand(tensor.shape), *rest], data=True))
+            self.watcher.put_state(tensor, Labels([grid.expand(tensor.shape), *rest], data=True))
 
     def _labels(self, place: Place) -> Tensor:
         tensor = self.layer.get_parameter(place.tensor)
