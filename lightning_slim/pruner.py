@@ -357,7 +357,7 @@ class Pruner:
         asked = self.asked(progress) if asked is None else asked
         if not self._more_than(asked):
             return None
-        self._refuse_moving_teachers()
+        self.refuse_moving_teachers()
         self.recorder.synchronise(self.average, self.agree, self.ranks)
         self._warn_of_short_series()
         scores = self._score()
@@ -390,8 +390,12 @@ class Pruner:
         remember_cut(self.model, self.cut_tensors)
         return self._remember(progress, asked, global_step, plan, scores)
 
-    def _refuse_moving_teachers(self) -> None:
-        """What follows the weights of a network by itself would mix units after a cut."""
+    def refuse_moving_teachers(self) -> None:
+        """What follows the weights of a network by itself would mix units after a cut.
+
+        Raises:
+            ValueError: a frozen network has changed that is built as one of which units may go.
+        """
         modules = {name: self.model.get_submodule(name) for name in self._teachers}
         frozen = [name for name, module in modules.items() if not any(p.requires_grad for p in module.parameters())]
         moved = [name for name in frozen if _checksum(modules[name]) != self._teachers[name]]

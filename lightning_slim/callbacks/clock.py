@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lightning_slim.callbacks.pace import Pace, batches_per_epoch, elapsed, epochs_over, pace_of, real_epoch
+from lightning_slim.callbacks.pace import (
+    Pace,
+    batches_per_epoch,
+    elapsed,
+    epochs_over,
+    pace_of,
+    real_epoch,
+    steps_taken,
+)
 from lightning_slim.schedules import Schedule, Time
 
 SQUEEZED = 10  # points in a run, or in its last part, that is too short for points so many epochs apart
@@ -159,7 +167,7 @@ def is_over(trainer: Trainer) -> bool:
 def steps_left(trainer: Trainer) -> float:
     """Steps that the optimizers will take until the run is over, by what is known now."""
     run = epochs_in_run(trainer)
-    return run if math.isinf(run) else pace_of(trainer).step(run) - trainer.global_step
+    return run if math.isinf(run) else pace_of(trainer).step(run) - steps_taken(trainer)
 
 
 def in_fractions(schedule: Schedule, trainer: Trainer, origin: float = 0.0, latest: float | None = None) -> Schedule:

@@ -73,7 +73,7 @@ def pace_of(trainer: Trainer) -> Pace:
     else:
         pace = Pace(batches, _accumulated(trainer))
     return Pace(
-        batches, pace.accumulated, pace.whole, trainer.global_step - math.floor(pace.step(epochs_over(trainer)) + 1e-9)
+        batches, pace.accumulated, pace.whole, steps_taken(trainer) - math.floor(pace.step(epochs_over(trainer)) + 1e-9)
     )
 
 
@@ -113,6 +113,13 @@ def epochs_over(trainer: Trainer) -> float:
     return epochs + (in_epoch / batches if in_epoch < batches else 0.0)
 
 
+def steps_taken(trainer: Trainer) -> int:
+    """Steps of the optimizers; batches, where a module takes them behind Lightning's back, as on raw optimizers."""
+    if trainer.global_step or trainer.lightning_module.automatic_optimization:
+        return int(trainer.global_step)
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+
 def elapsed(trainer: Trainer) -> float | None:
     """Fraction of `max_time` that is over; None without one. The same on all ranks."""
     shares = [
@@ -135,4 +142,4 @@ def _batches_per_step(trainer: Trainer) -> float:
     if trainer.lightning_module.automatic_optimization:
         return trainer.accumulate_grad_batches
     batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-    return batches / max(trainer.global_step, 1) if batches else 1 / max(len(trainer.optimizers), 1)
+    return batches / max(steps_taken(trainer), 1) if batches else 1 / max(len(trainer.optimizers), 1)

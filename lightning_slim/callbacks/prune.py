@@ -30,6 +30,7 @@ from lightning_slim.callbacks.companions import (
     undecided,
 )
 from lightning_slim.callbacks.gathering import Gathering
+from lightning_slim.callbacks.pace import steps_taken
 from lightning_slim.callbacks.phases import FineTuning, When, check_when
 from lightning_slim.callbacks.probe import Probe
 from lightning_slim.callbacks.snapshot import load_models, roll_back, take_snapshot
@@ -389,13 +390,13 @@ class Prune(SlimCallback):
 
     def _least_steps(self, trainer: Trainer) -> float:
         """Between two cuts."""
-        run = trainer.global_step + steps_left(trainer)
+        run = steps_taken(trainer) + steps_left(trainer)
         return self.recovery_steps or (min(max(run / 40, 4), 50) if math.isfinite(run) else 4)
 
     def _since_cut(self, trainer: Trainer) -> int:
         """Steps since the last cut; negative if there was none in this fit."""
         events = self.pruner.history.events
-        return trainer.global_step - events[-1].step if events else -1
+        return steps_taken(trainer) - events[-1].step if events else -1
 
     def _cut_at_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._point >= 0:
@@ -457,7 +458,7 @@ class Prune(SlimCallback):
         self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None
     ) -> PruningEvent | None:
         self.about_to_change(trainer, pl_module)
-        event = self.pruner.step(progress, trainer.optimizers, copies(trainer), trainer.global_step, asked)
+        event = self.pruner.step(progress, trainer.optimizers, copies(trainer), steps_taken(trainer), asked)
         if event is not None and self.pruner.last_change is not None:
             if self.recalibrate_bn and self.when != "start":  # no batch norm has measured anything by then
                 self._recalibrating.close()

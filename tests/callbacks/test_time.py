@@ -358,3 +358,25 @@ def _every(make: Any, epochs: float) -> dict[str, float]:
         if make is cut
         else {"update_every": epochs}
     )
+
+
+def test_steps_behind_lightnings_back_are_batches(tmp_path: Path) -> None:
+    """As sharpness-aware training takes them: `trainer.global_step` stays 0."""
+
+    class Raw(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    callback = cut()
+    run = trainer(tmp_path, callback)
+    run.fit(Raw(), loader())
+    assert run.global_step == 0
+    assert steps(callback)[:3] == [4, 8, 12]
+    assert left(callback) <= 0.5

@@ -528,3 +528,21 @@ def test_a_width_that_the_code_writes_down_is_named_with_the_remedy() -> None:
     reasons = vet(network, groups, {"": Example((x,))})
     assert "got [1, 2, 8]" in reasons["r"]
     assert "let it ask the layer or the tensor, as in `self.lstm.hidden_size`" in reasons["r"]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_channels_of_pixels_are_read_as_one_sequence(kind: type[nn.RNNBase]) -> None:
+    """A column of an image is a step: channels and rows, flattened."""
+
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.r, self.b = nn.Conv2d(1, 8, 3, padding=1), kind(8 * 5, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.r(torch.relu(self.a(x)).permute(0, 3, 1, 2).flatten(2))[0][:, -1])
+
+    network, x = Columns(), torch.randn(2, 1, 5, 7)
+    groups = find_groups(network, x)
+    assert {group.name: group.size for group in groups} == {"a": 8, "r": 6}
+    assert vet(network, groups, {"": Example((x,))}) == {}

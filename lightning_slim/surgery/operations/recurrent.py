@@ -74,7 +74,10 @@ class _Steps:
     def _read(self, x: Tensor, places: Sequence[Place]) -> None:
         """Weights read the last axis."""
         axis = x.dim() - 1
-        for layer in self.watcher.of(x).layers:
+        layers = self.watcher.of(x).layers
+        if any(support(layer) == {axis} and removable(layer) for layer in layers):  # beside pixels of fixed number, say
+            layers = [layer for layer in layers if support(layer) != {axis} or removable(layer)]
+        for layer in layers:
             if support(layer) - {axis} and removable(layer):
                 self.positions.block(layer, "a recurrent layer takes steps along it")
             elif axis in support(layer):
