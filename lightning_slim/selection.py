@@ -21,6 +21,7 @@ from lightning_slim.units import Plan, UnitGroup, most_important_first
 Scope = Literal["local", "global", "isomorphic"]
 RoundTo = int | Literal["auto"]
 ENOUGH = 0.98  # of a budget, to be spent by rounding
+COARSE = 0.97  # of what may remain: where less does, other widths are tried
 TILT = 4.0  # a side may be favoured by up to e^4
 
 
@@ -219,14 +220,24 @@ class Selection:
         def affordable(widths: Mapping[str, int]) -> bool:
             return budget.count(costs, widths) <= most
 
-        widths = at(_largest(lambda level: affordable(at(level, {}))), {})
+        def fitted(fixed: Mapping[str, int]) -> dict[str, int]:
+            return at(_largest(lambda level: affordable(at(level, fixed))), fixed)
+
+        widths = fitted({})
         # A block is worth many units: once it is known how many of them go, these may be wider.
         fixed = {name: widths[name] for name in blocks}
-        widths = at(_largest(lambda level: affordable(at(level, fixed))), fixed)
+        widths = fitted(fixed)
         while (wider := self._spend_the_rest(widths, current, costs, affordable)) != widths:
             widths = wider
             if budget.count(costs, widths) >= ENOUGH * most:
                 break
+        # One step of a pack (all heads and the stream through them) may be worth more than what was left to go: it is
+        # not taken where others, which have finer steps, can go instead.
+        for members in _members(costs.packs, widths) if budget.count(costs, widths) < COARSE * most else ():
+            kept = {name: min(widths[name] + costs.steps[name], current[name]) for name in members}
+            finer = fitted({**fixed, **kept})
+            if affordable(finer) and budget.count(costs, finer) > budget.count(costs, widths):
+                widths = finer
         return widths
 
     def _spend_the_rest(

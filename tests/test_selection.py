@@ -307,3 +307,14 @@ def test_the_budget_is_spent_where_the_curve_is_steepest() -> None:
     assert event is not None
     assert event.widths["0"] <= 4
     assert event.widths["0"] + event.widths["2"] == 12
+
+
+def test_finer_groups_go_where_one_step_of_a_pack_is_more_than_what_is_left_to_go() -> None:
+    """Of 84 units one is to go: not a head and its eight channels."""
+    original, current = {"heads": 4, "stream": 32, "c": 64}, {"heads": 4, "stream": 32, "c": 48}
+    costs = replace(
+        bare(), original=original, floors=dict.fromkeys(original, 2), packs={"heads": "p", "stream": "p"},
+        steps={"heads": 1, "stream": 8, "c": 1},
+    )  # fmt: skip
+    importance = {name: torch.rand(units) for name, units in current.items()}
+    assert Selection().fit(0.83, Units(), costs, current, importance) == {"heads": 4, "stream": 32, "c": 47}
