@@ -1,4 +1,4 @@
-"""Arguments of a wrong kind, when an object is made: what was expected, what came, and what to write instead."""
+"""Checks the types of arguments when an object is made; errors say what was expected, got, and what to write."""
 
 from __future__ import annotations
 

@@ -403,12 +403,12 @@ class Pruner:
             alike = _built_alike(self.model, name)
             cut = [group for group in self.groups if any(span.tensor.startswith(alike) for span in group.spans)]
             if not cut and alike:
-                continue  # what it follows is left whole
+                continue  # what it follows is not pruned
             both = [f"{part}*" for part in (*alike, f"{name}.")]
             raise ValueError(
                 f"Expected frozen weights to stay as they are, got {name}, which changed although it is frozen: it "
                 "seems to be the moving average of another network (a momentum or mean teacher, a target network), "
-                "which the module updates itself and which a cut would leave behind. Leave both whole, by "
+                "which the module updates itself and which a cut would leave behind. Exclude both by "
                 f"`skip={both}`, use Lightning's `WeightAveraging` or `EMAWeightAveraging` callback, whose averages "
                 "are cut alike, or prune when the teacher has done its work."
             )
@@ -418,8 +418,8 @@ class Pruner:
         if self.recorder.wants_moments and self.recorder.past < lags and not self._warned_of_short_series:
             self._warned_of_short_series = True
             warnings.warn(
-                f"Expected units that arrive as series of more than {lags} steps for lags={lags}, got none: only the "
-                "present counts. Lower `lags`, or train on longer series.",
+                f"Expected series of more than {lags} time steps for lags={lags}, got none: no past is used, only the "
+                "current step. Lower `lags`, or train on longer series.",
                 NoEffectWarning,
                 stacklevel=3,
             )

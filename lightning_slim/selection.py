@@ -234,9 +234,9 @@ class Selection:
         # One step of a pack (all heads and the stream through them) may be worth more than what was left to go: it is
         # not taken where others, which have finer steps, can go instead.
         for members in _members(costs.packs, widths) if budget.count(costs, widths) < COARSE * most else ():
-            kept = {name: min(widths[name] + costs.steps[name], current[name]) for name in members}
-            finer = fitted({**fixed, **kept})
-            if affordable(finer) and budget.count(costs, finer) > budget.count(costs, widths):
+            finer = fitted({**fixed, **_one_step_wider(members, widths, current, costs)})
+            more = budget.count(costs, finer) > budget.count(costs, widths)
+            if more and affordable(finer) and self._out_of_balance(costs, finer) <= self._out_of_balance(costs, widths):
                 widths = finer
         return widths
 
@@ -251,10 +251,16 @@ class Selection:
         packs = _members(costs.packs, widths)
         alone = [[name] for name in widths if name not in costs.packs]
         for members in sorted([*alone, *packs], key=lambda m: widths[m[0]] / costs.original[m[0]]):
-            wider = {**widths, **{name: min(widths[name] + costs.steps[name], current[name]) for name in members}}
+            wider = {**widths, **_one_step_wider(members, widths, current, costs)}
             if affordable(wider) and self._out_of_balance(costs, wider) <= self._out_of_balance(costs, widths):
                 widths = wider
         return widths
+
+
+def _one_step_wider(
+    members: Iterable[str], widths: Mapping[str, int], current: Mapping[str, int], costs: Costs
+) -> dict[str, int]:
+    return {name: min(widths[name] + costs.steps[name], current[name]) for name in members}
 
 
 def _lean(costs: Costs, current: Mapping[str, int], groups: Iterable[str]) -> dict[str, float]:

@@ -388,4 +388,4 @@ def test_lags_that_are_longer_than_the_series_are_told_once(lags: int, warned: b
             assert pruner.step(0.5, asked=asked) is not None
     messages = [str(each.message) for each in seen if "longer series" in str(each.message)]
     assert len(messages) == warned
-    assert all("series of more than 7 steps for lags=7, got none" in message for message in messages)
+    assert all("series of more than 7 time steps for lags=7, got none" in message for message in messages)

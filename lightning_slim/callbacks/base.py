@@ -30,16 +30,16 @@ class SlimCallback(Callback):
     """
 
     workers: ClassVar[Sequence[str]] = ()
-    _known = False  # to a Trainer
+    _is_set_up = False
     _aside: Mapping[str, Any] | None = None  # those of real fits, from a smoke test on until the next real fit
 
     @property
     def state_key(self) -> str:
-        """Two of one kind have keys of their own until `setup`, which says more than a Trainer does of equal keys."""
-        return super().state_key if self._known else f"{super().state_key} {id(self)}"
+        """Differs between callbacks of one kind until `setup`, which explains the limit better than a Trainer."""
+        return super().state_key if self._is_set_up else f"{super().state_key} {id(self)}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._known = True
+        self._is_set_up = True
         self._refuse_others(trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit":
             self._set_aside(bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
@@ -58,8 +58,8 @@ class SlimCallback(Callback):
         several = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
         if len(several) > 1:
             raise MisconfigurationException(
-                f"Expected one {kind.__name__} callback in a Trainer, got {' and '.join(several)}: each would change "
-                "what the other one goes by. Keep one; its arguments say what is left alone, and where."
+                f"Expected one {kind.__name__} callback in a Trainer, got {' and '.join(several)}: they would "
+                "interfere with each other. Keep one of them."
             )
 
     def _set_aside(self, smoke_test: bool) -> None:

@@ -307,9 +307,7 @@ class Prune(SlimCallback):
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars()
             pl_module.log_dict({name: scalars.pop(name) for name in shown}, prog_bar=True)
-            if (
-                scalars == self._logged
-            ):  # then they can be monitored already, and Lightning takes a millisecond for each
+            if scalars == self._logged:  # they can be monitored already; `log_dict` takes a millisecond for each
                 log(trainer, scalars)
             else:
                 pl_module.log_dict(scalars)

@@ -23,7 +23,8 @@ from lightning_slim.units import MIN_UNITS, Plan, UnitGroup, positions_gone, ren
 from lightning_slim.weight_norm import settle
 
 LOUDNESS = 1.5  # of a matrix, in units of 1 / sqrt(inputs)
-MANY = 8  # units, of which others than elsewhere are kept, even if as many
+MANY = 8  # units: groups of at least as many may keep equal numbers in one trial, for they keep other units
+HARD_CODED = "; if a width is hard-coded, read it off the layer or the tensor: `self.lstm.hidden_size`, `x.shape[1]`"
 
 
 def vet(model: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, Example]) -> dict[str, str]:
@@ -170,10 +171,7 @@ def compare(
 
 def _failure(error: Exception) -> str:
     message = (str(error).splitlines() or [""])[0][:100]
-    return (
-        f"the network fails without them ({type(error).__name__}: {message}): where the code writes a width down, let "
-        "it ask the layer or the tensor, as in `self.lstm.hidden_size` or `x.shape[1]`"
-    )
+    return f"the network fails without them ({type(error).__name__}: {message})"
 
 
 def _compare_units(
@@ -202,12 +200,12 @@ def _compare_units(
         if any(modes.values()):
             failed = _failure_in(model, calls, modes)
     except Exception as error:  # whatever a user's forward raises on other widths
-        return _failure(error)
+        return _failure(error) + HARD_CODED
     finally:
         restore(model, cuts)
         _set_modes(tried)
     if failed and not _failure_in(model, calls, modes):  # else it is not for the cut
-        return failed
+        return failed + HARD_CODED
     reason = _difference(before, after, calls)
     if not reason:
         return ""

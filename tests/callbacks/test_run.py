@@ -218,7 +218,7 @@ def test_more_lags_than_steps(tmp_path: Path) -> None:
                 nn.Flatten(2), nn.Conv1d(3, 8, 61), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(16, 5)
             )
 
-    with pytest.warns(NoEffectWarning, match="series of more than 4 steps for lags=4, got none: only the present"):
+    with pytest.warns(NoEffectWarning, match="series of more than 4 time steps for lags=4, got none: no past"):
         trainer(tmp_path, quick(lags=4, record_every_n_steps=1)).fit(Series(), loader(), loader())
 
 

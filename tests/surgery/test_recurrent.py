@@ -510,7 +510,7 @@ def test_a_state_that_the_network_returns_is_named() -> None:
 
     found = survey(Carries(), torch.randn(2, 5, 4))
     assert found.groups == []
-    assert "the state of a recurrent layer, which the network returns" in found.left_whole["r"]
+    assert "the hidden state of a recurrent layer, which the network returns" in found.left_whole["r"]
 
 
 def test_a_width_that_the_code_writes_down_is_named_with_the_remedy() -> None:
@@ -527,7 +527,7 @@ def test_a_width_that_the_code_writes_down_is_named_with_the_remedy() -> None:
     groups = find_groups(network, x)
     reasons = vet(network, groups, {"": Example((x,))})
     assert "got [1, 2, 8]" in reasons["r"]
-    assert "let it ask the layer or the tensor, as in `self.lstm.hidden_size`" in reasons["r"]
+    assert "read it off the layer or the tensor: `self.lstm.hidden_size`" in reasons["r"]
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])

@@ -46,21 +46,13 @@ class Memo:
         indexed = any(not tensor.is_floating_point() for tensor in op.tensors)  # by what, they look up
         if indexed or op.name in BY_STRIDES:
             return None
-        key = (
-            op.function,
-            torch.is_grad_enabled(),
-            len(op.results),
-            op.shape,
-            _frozen((op.args, op.kwargs), self._mark(op)),
-        )
+        given = _frozen((op.args, op.kwargs), lambda tensor: (self.number(op.of(tensor)), tuple(tensor.shape)))
+        key = (op.function, torch.is_grad_enabled(), len(op.results), op.shape, given)
         try:
             hash(key)
         except TypeError:
             return None
         return key
-
-    def _mark(self, op: Operation) -> Callable[[Tensor], Hashable]:
-        return lambda tensor: (self.number(op.of(tensor)), tuple(tensor.shape))
 
     def number(self, labels: Labels) -> int:
         """The same for labels that say the same."""

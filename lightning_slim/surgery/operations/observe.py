@@ -23,8 +23,8 @@ from lightning_slim.surgery.operations.recurrent import unrolled
 
 LEAVES = "it reaches an input or an output of the network"
 STATE = (
-    "it is the state of a recurrent layer, which the network returns: what takes it in elsewhere would not follow; it "
-    "can be cut where the network keeps its state to itself"
+    "it is the hidden state of a recurrent layer, which the network returns: code outside may feed it back at its old "
+    "width; to prune the layer, do not return its state"
 )
 
 Run = Callable[[], Any]

@@ -115,9 +115,8 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._overloadpacket.__name__
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         labelled = [tensor for tensor in given if _is_strided(tensor)]
-        before = {
-            id(tensor): self.of(tensor) for tensor in labelled
-        }  # an operation may write to it, or change its shape
+        # An operation may write to a tensor, or change its shape.
+        before = {id(tensor): self.of(tensor) for tensor in labelled}
         for tensor in labelled:
             self._walk_on(tensor, name, args)
             stored = self._stored.get(_memory(tensor))
