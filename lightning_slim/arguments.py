@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
@@ -70,8 +70,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, type) and issubclass(value, inner)
     if kind is tuple:
         return isinstance(value, tuple | list) and len(value) == len(inner) and all(map(_fits, value, inner))
-    if kind is Sequence:
-        listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if kind in (Sequence, Collection):
+        listed = isinstance(value, kind) and not isinstance(value, str | bytes)
         return listed and all(_fits(entry, inner[0]) for entry in value)
     if kind is Mapping:
         return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
@@ -141,7 +141,7 @@ def _example(hint: Any) -> str:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Literal:
         return f'"{inner[0]}"'
-    if kind is Sequence:
+    if kind in (Sequence, Collection):
         return f"[{_example(_alternatives(inner[0])[0])}]"
     if kind is tuple:
         return f"({', '.join(map(_example, inner))})"
@@ -165,7 +165,7 @@ def _words(hint: Any) -> str:
         return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
     if kind is tuple:
         return f"a tuple of {len(inner)} entries, each {_words(inner[0])}"
-    if kind is Sequence:
+    if kind in (Sequence, Collection):
         return f"a list, each entry {_words(inner[0])}"
     if kind is Mapping:
         return f"a dictionary, each key {_words(inner[0])} and each value {_words(inner[1])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -53,7 +54,7 @@ class Selection:
     macs_to_params: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
+        if self.round_to != "auto" and not (isinstance(self.round_to, Integral) and self.round_to >= 1):
             raise ValueError(f'Expected `round_to` of at least 1, or "auto", got {self.round_to!r}.')
         check_fields(self)
         if self.macs_to_params is not None and not 0 < self.macs_to_params[0] <= 1 <= self.macs_to_params[1]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from torch import nn
 
-Skip = Sequence[str | type[nn.Module]]
+Skip = Collection[str | type[nn.Module]]
 
 
 def check_skip(model: nn.Module, skip: Skip) -> None:

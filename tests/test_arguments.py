@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
@@ -120,6 +121,12 @@ def test_all_that_is_public_is_looked_at() -> None:
 def test_the_message_says_what_to_write(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"Expected.*{re.escape(message)}"):
         make()
+
+
+def test_layers_to_skip_may_be_a_set_and_numbers_may_be_of_numpy() -> None:
+    assert Prune(Magnitude(), skip={"head"}).skip == {"head"}
+    assert Prune(Magnitude(), skip=frozenset({nn.Linear}), round_to=np.int64(8)).selection.round_to == 8
+    assert MACs(np.float32(0.5)).fraction == 0.5
 
 
 def test_what_a_budget_prints_is_the_call_that_makes_it() -> None:
