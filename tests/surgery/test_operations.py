@@ -43,6 +43,13 @@ def shrunk_in_place(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, 1).flatten(1)
 
 
+def attended(h: Tensor, offsets: Tensor) -> Tensor:
+    """Attention with a bias by how far two places lie apart."""
+    place, windows = torch.arange(4), h.repeat(2, 1, 1)
+    bias = offsets[(place[:, None] - place + 3).view(-1)].view(4, 4, 1).permute(2, 0, 1)
+    return (torch.softmax(windows @ windows.mT + bias, -1) @ windows).flatten(0, 1)
+
+
 NETWORKS: dict[str, tuple[Callable[[], Net], dict[str, int]]] = {
     "a bare scale": (lambda: between(lambda s, h: h * s.v, v=vector(8)), {"a": 8}),
     "a bare matrix": (
@@ -80,6 +87,13 @@ NETWORKS: dict[str, tuple[Callable[[], Net], dict[str, int]]] = {
         {"a": 8},
     ),
     "a frequency": (lambda: between(lambda s, h: torch.fft.irfft(torch.fft.rfft(h, dim=0), n=4, dim=0)), {"a": 8}),
+    "offsets of pairs of places": (
+        lambda: between(
+            lambda s, h: F.layer_norm(attended(h, s.v).reshape(4, -1), s.w.shape, s.w),
+            read=16, v=vector(7), w=vector(16),
+        ),
+        {"a": 8},
+    ),
     "a sparse matrix": (lambda: between(lambda s, h: torch.sparse.mm(torch.eye(4).to_sparse(), h)), {}),
     "sorted": (lambda: between(lambda s, h: h.sort(-1).values), {}),
     "a gradient inside": (

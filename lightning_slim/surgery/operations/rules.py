@@ -163,8 +163,10 @@ class Rules:
         if name in NORMS:
             return self._norm(op)
         if name in SOFTMAX:
-            self.algebra.reduce(first.layers, {op.args[1] % max(len(op.shape), 1)}, True, name, mixes=True)
-            return [first]
+            axis = op.args[1] % max(len(op.shape), 1)
+            layers = [layer for layer in first.layers if not self._scattered(layer, axis)]
+            self.algebra.reduce(layers, {axis}, True, name, mixes=True)
+            return [Labels(layers, first.data)]
         if name in REDUCES and len(tensors) == 1:
             return self._reduce(op, first)
         if name in SPATIAL and tensors[0].dim() == len(op.shape) > 2:
@@ -258,6 +260,21 @@ class Rules:
                     self.positions.unite(layer, layer[..., :1], op.name)
                 layers.append(shrink(layer[..., 0]))
         return layers
+
+    def _scattered(self, layer: Tensor, axis: int) -> bool:
+        """Whether some position lies in several rows, at another place in each, as offsets of relative attention do.
+
+        It is no unit of the rows, and must stay.
+        """
+        if axis not in support(layer) or len(support(layer)) == 1 or not removable(layer):
+            return False
+        grid = compact(layer).movedim(axis, -1).flatten(0, -2)
+        rows = torch.arange(len(grid))[:, None].expand_as(grid)
+        pairs = torch.stack([self.positions.find(grid), rows], -1)[grid > 0].unique(dim=0)  # type: ignore[no-untyped-call]
+        scattered = len(pairs) > len(pairs[:, 0].unique())
+        if scattered:
+            self.positions.block(layer, "it is looked up for pairs of places")
+        return scattered
 
     def _ordered(self, op: Operation, first: Labels) -> list[Labels]:
         """What depends on the order along some axes; those along the others are not concerned."""
