@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,11 @@ from lightning_slim.eager import hooked
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import InputEvidence, Method, choose, test_for
 from lightning_slim.ranks import Agree, alone
-from lightning_slim.surgery import Example, StructureChange, migrate, remove_units, restore
+from lightning_slim.surgery import Example, StructureChange, migrate, remove_units
 from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.inputs import InputError, InputUnits, find_entries, find_inputs
 from lightning_slim.surgery.verify import compare
+from lightning_slim.transaction import all_or_nothing
 from lightning_slim.units import Plan, from_state, to_state
 
 
@@ -154,7 +155,7 @@ class InputScreener:
     ) -> ScreeningEvent:
         """Chooses the inputs, and cuts the layers that read them.
 
-        If anything fails, model and optimizers are as they were.
+        Whatever is raised, model, copies, optimizers and books are as they were.
 
         Args:
             optimizers: all that hold parameters of the model.
@@ -167,19 +168,31 @@ class InputScreener:
         """
         assert self.found is not None
         assert self.evidence is not None
-        self.evidence.sum_over_ranks(self.reduce, self.agree)
+        copies, optimizers = list(copies), list(optimizers)
+        with all_or_nothing(self, self.model, *copies, *optimizers):
+            return self._step(self.found, self.evidence, optimizers, copies, global_step)
+
+    def _step(
+        self,
+        found: InputUnits,
+        evidence: InputEvidence,
+        optimizers: list[Optimizer],
+        copies: list[nn.Module],
+        global_step: int,
+    ) -> ScreeningEvent:
+        evidence.sum_over_ranks(self.reduce, self.agree)
         self._means = {name: self.reduce(sums, "sum").cpu() for name, sums in sorted(self._means.items())}
-        stays = _positions(self.protect, self.names) | ~self.found.read(len(self.names))
-        read = [at[at >= 0] for at in self.found.features.values() if bool((at >= 0).all())]
-        test = self.evidence.result()
+        stays = _positions(self.protect, self.names) | ~found.read(len(self.names))
+        read = [at[at >= 0] for at in found.features.values() if bool((at >= 0).all())]
+        test = evidence.result()
         choice = self.agree(choose(test, self.alpha, self.min_inputs, stays, read))
-        plan = self.found.plan(choice.keep)
+        plan = found.plan(choice.keep)
         if plan:
-            self._cut(plan, list(optimizers), [self.model, *copies])
+            self._cut(plan, optimizers, [self.model, *copies])
         named = list(zip(self.names, choice.keep.tolist(), strict=True))
         self.event = ScreeningEvent(
             step=global_step,
-            test=self.evidence.test,
+            test=evidence.test,
             alpha=self.alpha,
             kept=[name for name, stays in named if stays],
             removed=[name for name, stays in named if not stays],
@@ -191,24 +204,18 @@ class InputScreener:
         return self.event
 
     def _cut(self, plan: Plan, optimizers: list[Optimizer], models: list[nn.Module]) -> None:
-        with ExitStack() as undo:
-            for model in models if self.compensate == "mean" else ():
-                for group in (group for group in self._groups if group.name in plan):
-                    for reader in group.readers:
-                        sums = self._means[reader.layer]
-                        keep = plan[group.name]
-                        constant = (sums[:-1] / sums[-1])[~keep]
-                        image = (torch.zeros(int(keep.sum()), len(constant)), constant)
-                        undo.callback(fold(model, reader, keep, image, weight_too=False))
-            wrong = self.agree(compare(self.model, self._groups, plan, self.calls)) if self.calls else ""
-            if wrong:
-                raise InputError(f"Expected a network that can do without inputs, got one of which {wrong}.")
-            cuts = []
-            for model in models:
-                cuts.append(remove_units(model, self._groups, plan))
-                undo.callback(restore, model, cuts[-1])
-            migrate(optimizers, cuts[0])
-            undo.pop_all()
+        for model in models if self.compensate == "mean" else ():
+            for group in (group for group in self._groups if group.name in plan):
+                for reader in group.readers:
+                    sums = self._means[reader.layer]
+                    keep = plan[group.name]
+                    constant = (sums[:-1] / sums[-1])[~keep]
+                    fold(model, reader, keep, (torch.zeros(int(keep.sum()), len(constant)), constant), weight_too=False)
+        wrong = self.agree(compare(self.model, self._groups, plan, self.calls)) if self.calls else ""
+        if wrong:
+            raise InputError(f"Expected a network that can do without inputs, got one of which {wrong}.")
+        cuts = [remove_units(model, self._groups, plan) for model in models]
+        migrate(optimizers, cuts[0])
         self.last_change = StructureChange(self._groups, plan)
 
     @property

@@ -38,6 +38,7 @@ from lightning_slim.recording import InputRecorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import StructureChange
+from lightning_slim.transaction import all_or_nothing
 from lightning_slim.units import blocks_gone, positions_gone
 
 
@@ -252,9 +253,22 @@ class Masker:
             ValueError: something is due, and of some weights the score has heard nothing.
         """
         asked = self.sparsity * self.schedule(progress)
-        exchange = self.regrow is not None and self.events and self.events[-1].asked == self.sparsity
+        exchange = self.regrow is not None and bool(self.events) and self.events[-1].asked == self.sparsity
         if asked <= self.reached and not exchange:
             return None
+        copies, optimizers = list(copies), list(optimizers)
+        with all_or_nothing(self, self.model, *copies, *optimizers):
+            return self._update(progress, asked, exchange, optimizers, copies, global_step)
+
+    def _update(
+        self,
+        progress: float,
+        asked: float,
+        exchange: bool,
+        optimizers: list[Optimizer],
+        copies: list[nn.Module],
+        global_step: int,
+    ) -> MaskEvent | None:
         if unheard := self.agree(self.unheard):
             raise ValueError(
                 f"Expected every masked weight to be used since the last update, got nothing to score {unheard} by: "
@@ -426,9 +440,10 @@ class Masker:
         weights = self.weights
         for optimizer in optimizers:
             for name, weight in weights.items():
-                for value in optimizer.state.get(weight, {}).values():
+                state = optimizer.state.get(weight, {})
+                for key, value in state.items():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
-                        value.masked_fill_(~self.masks[name].to(value.device), 0)
+                        state[key] = value.masked_fill(~self.masks[name].to(value.device), 0)
 
     def _event(self, progress: float, asked: float, global_step: int, regrown: int) -> MaskEvent:
         zeros = {name: int((~mask).sum()) for name, mask in self.masks.items()}

@@ -6,7 +6,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -40,7 +40,6 @@ from lightning_slim.surgery import (
     forget_blocks,
     migrate,
     remove_units,
-    restore,
 )
 from lightning_slim.surgery.example import (
     Calls,
@@ -54,6 +53,7 @@ from lightning_slim.surgery.example import (
 )
 from lightning_slim.surgery.layers.norm import norm_scales
 from lightning_slim.surgery.verify import compare
+from lightning_slim.transaction import all_or_nothing
 from lightning_slim.units import (
     MIN_UNITS,
     Plan,
@@ -198,7 +198,11 @@ class Pruner:
         Raises:
             ValueError: nothing can be removed, or not enough.
         """
-        calls = workable_calls(self.model, {"": example_inputs} if networks is None else networks)
+        with all_or_nothing(self.model):
+            self._prepare({"": example_inputs} if networks is None else networks)
+
+    def _prepare(self, networks: Mapping[str, Any]) -> None:
+        calls = workable_calls(self.model, networks)
         wish = Wish(self.witnessed, self.granularity, self.module, self.skip, self.verify)
         found = find_candidates(self.model, calls, wish, self.agree)
         groups, teachers = found.groups, found.teachers
@@ -216,8 +220,7 @@ class Pruner:
         work = find_work(self.model, calls, teachers)
         costs = Costs.of(self.model, groups, work, teachers, found.products)
         costs = self.selection.bounded(costs, self.model, groups)
-        whole = {"": example_inputs} if networks is None else networks
-        shipped = {name: as_example(call) for name, call in whole.items() if name not in teachers}
+        shipped = {name: as_example(call) for name, call in networks.items() if name not in teachers}
         costs = self._measured(costs, groups, Calls(shipped, calls.step))
         self._check_reachable(costs)
         self.calls, self.networks, self.groups, self._costs = calls, set(calls), groups, costs
@@ -342,7 +345,7 @@ class Pruner:
     ) -> PruningEvent | None:
         """Removes what is due at `progress`; the optimizers go along.
 
-        If anything fails, model and optimizers are as they were.
+        Whatever is raised, model, copies, optimizers and books are as they were.
 
         Args:
             progress: fraction of the run that is done.
@@ -357,6 +360,13 @@ class Pruner:
         asked = self.asked(progress) if asked is None else asked
         if not self._more_than(asked):
             return None
+        copies, optimizers = list(copies), [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        with all_or_nothing(self, self.model, *copies, *optimizers):
+            return self._step(progress, optimizers, copies, global_step, asked)
+
+    def _step(
+        self, progress: float, optimizers: list[Optimizer], copies: list[nn.Module], global_step: int, asked: float
+    ) -> PruningEvent | None:
         self.refuse_moving_teachers()
         self.recorder.synchronise(self.average, self.agree, self.ranks)
         self._warn_of_short_series()
@@ -371,20 +381,16 @@ class Pruner:
                     stacklevel=2,
                 )
             return None
-        with ExitStack() as undo:
-            models = [self.model, *copies]
-            for put_back in fold_plan(models, self.groups, plan, self.recorder.moments, self.compensate):
-                undo.callback(put_back)
-            wrong = self.agree(compare(self.model, self.groups, plan, self.calls)) if self.verify and self.calls else ""
-            if wrong:
-                self._give_up(plan, wrong)
-                return None
-            cuts = []
-            for model in models:
-                cuts.append(remove_units(model, self.groups, plan))
-                undo.callback(restore, model, cuts[-1])
-            migrate(optimizers, cuts[0])
-            undo.pop_all()
+        models = [self.model, *copies]
+        unfold = [*fold_plan(models, self.groups, plan, self.recorder.moments, self.compensate)]
+        wrong = self.agree(compare(self.model, self.groups, plan, self.calls)) if self.verify and self.calls else ""
+        if wrong:
+            for put_back in reversed(unfold):
+                put_back()
+            self._give_up(plan, wrong)
+            return None
+        cuts = [remove_units(model, self.groups, plan) for model in models]
+        migrate(optimizers, cuts[0])
         for model in models:
             forget_blocks(model)
         remember_cut(self.model, self.cut_tensors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_slim.eager import forget_compiled
 from lightning_slim.surgery import StructureChange
+from lightning_slim.transaction import is_ours
 
 
 def copies(trainer: Trainer) -> list[nn.Module]:
@@ -29,19 +33,42 @@ def cut_part(average: nn.Module) -> nn.Module:
     return average.module if isinstance(average, AveragedModel) else average
 
 
-def tell(trainer: Trainer, pl_module: LightningModule, change: StructureChange | None) -> None:
-    """Lets everything follow a cut of the module, or its return to a former structure (None).
+def all_that_changes(trainer: Trainer, pl_module: LightningModule) -> list[object]:
+    """Whatever follows a cut of the module: for `all_or_nothing`."""
+    ours = [callback for callback in trainer.callbacks if is_ours(callback)]  # type: ignore[attr-defined]
+    optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
+    plugins = trainer.strategy, trainer.precision_plugin
+    return [pl_module, *averages(trainer), *optimizers, *schedulers, *plugins, *monitors(trainer), *ours]
+
+
+def follow(trainer: Trainer, pl_module: LightningModule, change: StructureChange | None) -> None:
+    """Lets what is ours, and the distributed wrapper, follow a cut of the module, or its return (None).
 
     Its optimizers and copies went along already.
     """
     forget_compiled()
     if is_ddp(trainer.strategy):
         wrap_again(trainer.strategy, pl_module)
+    for hook in _hooks(trainer, change, ours=True):
+        hook()
+
+
+def tell(trainer: Trainer, change: StructureChange | None) -> None:
+    """Lets a user's callbacks know that the module was cut, or returned to a former structure (None).
+
+    Raises:
+        Exception: what their hooks raised, when all have been told.
+    """
+    with ExitStack() as stack:  # it goes on whatever is raised, from its end to its beginning
+        for hook in reversed(_hooks(trainer, change, ours=False)):
+            stack.callback(hook)
+
+
+def _hooks(trainer: Trainer, change: StructureChange | None, ours: bool) -> list[Callable[[], None]]:
     name, told = ("on_structure_restored", ()) if change is None else ("on_structure_change", (change,))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        hook = getattr(callback, name, None)
-        if hook is not None:
-            hook(*told)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    hooks = [getattr(callback, name, None) for callback in callbacks if is_ours(callback) is ours]
+    return [partial(hook, *told) for hook in hooks if hook is not None]
 
 
 def undecided(trainer: Trainer) -> bool:

@@ -18,7 +18,14 @@ from lightning_slim.arguments import check_arguments
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.clock import epochs_in_run, has_end
-from lightning_slim.callbacks.companions import agree_on_shapes, copies, reset_monitors, tell
+from lightning_slim.callbacks.companions import (
+    agree_on_shapes,
+    all_that_changes,
+    copies,
+    follow,
+    reset_monitors,
+    tell,
+)
 from lightning_slim.callbacks.pace import batches_per_epoch
 from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import remember_cut
@@ -27,6 +34,7 @@ from lightning_slim.input_evidence import Method
 from lightning_slim.input_screener import InputScreener
 from lightning_slim.pruner import NoEffectWarning
 from lightning_slim.surgery import Example
+from lightning_slim.transaction import all_or_nothing
 
 
 class InputScreening(SlimCallback):
@@ -194,7 +202,15 @@ class InputScreening(SlimCallback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.about_to_change(trainer, pl_module)
-        event = self.screener.step(trainer.optimizers, copies(trainer), trainer.global_step)
+        with all_or_nothing(*all_that_changes(trainer, pl_module)):
+            event = self.screener.step(trainer.optimizers, copies(trainer), trainer.global_step)
+            change = self.screener.last_change
+            if change is not None:
+                remember_cut(pl_module, self.screener.cut_tensors)
+                agree_on_shapes(trainer.strategy, pl_module)
+                follow(trainer, pl_module, change)
+                if self.reset_monitors:
+                    reset_monitors(trainer)
         if not event.significant:
             rank_zero_warn(
                 f"No input tells of the target at a false discovery rate of {self.alpha:g} ({event.test}, least p "
@@ -202,16 +218,11 @@ class InputScreening(SlimCallback):
                 "batches, or `inputs` and `target` are not what they should be.",
                 category=NoEffectWarning,
             )
-        change = self.screener.last_change
-        if change is not None:
-            remember_cut(pl_module, self.screener.cut_tensors)
-            agree_on_shapes(trainer.strategy, pl_module)
-            tell(trainer, pl_module, change)
-            if self.reset_monitors:
-                reset_monitors(trainer)
         rank_zero_info(f"slim: epoch {trainer.current_epoch}, {event}")
         for logger in trainer.loggers:
             logger.log_metrics(_scalars(event), step=trainer.global_step)
+        if change is not None:
+            tell(trainer, change)
 
 
 def _reduce(strategy: Any, value: Tensor, how: str) -> Tensor:

@@ -23,8 +23,10 @@ from lightning_slim.callbacks.base import SlimCallback, metrics_of
 from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run, epochs_with_this, is_over, steps_left
 from lightning_slim.callbacks.companions import (
     agree_on_shapes,
+    all_that_changes,
     average_again,
     copies,
+    follow,
     reset_monitors,
     tell,
     undecided,
@@ -54,6 +56,7 @@ from lightning_slim.scores import Score
 from lightning_slim.selection import RoundTo, Scope, Selection
 from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import recalibrating
+from lightning_slim.transaction import all_or_nothing
 
 
 class Prune(SlimCallback):
@@ -421,9 +424,10 @@ class Prune(SlimCallback):
         begun = epoch + 1e-9 >= float(self.pruner.schedule.start) * run
         ready = self.pruner.prepared and self.pruner.recorder.ready and not self._recovers(trainer)
         if begun and guard.free(run - epoch) and ready:
-            before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
-            event = self._cut(trainer, pl_module, epoch / run, guard.search.target)
-            guard.begin(trainer, before, None if event is None else event.reached, epoch)
+            with all_or_nothing(*all_that_changes(trainer, pl_module)):
+                before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
+                event = self._cut(trainer, pl_module, epoch / run, guard.search.target)
+                guard.begin(trainer, before, None if event is None else event.reached, epoch)
             if guard.search.repeats:
                 self._settle(guard, trainer, pl_module, epoch)
 
@@ -439,14 +443,17 @@ class Prune(SlimCallback):
     ) -> Verdict:
         """Keeps the step under trial, or rolls the run back, if it is time."""
         known = len(self.trials)
-        verdict, snapshot = guard.decide(trainer, epoch, last)
-        if verdict == "wait":
-            return verdict
+        with all_or_nothing(*all_that_changes(trainer, pl_module)):
+            verdict, snapshot = guard.decide(trainer, epoch, last)
+            if verdict == "wait":
+                return verdict
+            if verdict == "roll back":
+                self._recalibrating.close()
+                roll_back(trainer, pl_module, self, snapshot)
+                self.pruner.load_state_dict(snapshot["pruner"])
+                self._gathering.drop_gradients()
         if verdict == "roll back":
-            self._recalibrating.close()
-            roll_back(trainer, pl_module, self, snapshot)
-            self.pruner.load_state_dict(snapshot["pruner"])
-            self._gathering.drop_gradients()
+            tell(trainer, None)
         for trial in self.trials[known:]:
             rank_zero_info(f"slim: epoch {epoch:g}, {guard.monitor}: {trial}")
         log(trainer, self._scalars())
@@ -456,17 +463,20 @@ class Prune(SlimCallback):
         self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None
     ) -> PruningEvent | None:
         self.about_to_change(trainer, pl_module)
-        event = self.pruner.step(progress, trainer.optimizers, copies(trainer), steps_taken(trainer), asked)
-        if event is not None and self.pruner.last_change is not None:
+        with all_or_nothing(*all_that_changes(trainer, pl_module)):
+            event = self.pruner.step(progress, trainer.optimizers, copies(trainer), steps_taken(trainer), asked)
+            if event is None:
+                return None
             if self.recalibrate_bn and self.when != "start":  # no batch norm has measured anything by then
                 self._recalibrating.close()
                 self._recalibrating.enter_context(recalibrating(pl_module))
             agree_on_shapes(trainer.strategy, pl_module)
-            tell(trainer, pl_module, self.pruner.last_change)
+            follow(trainer, pl_module, self.pruner.last_change)
             if self.reset_monitors:
                 reset_monitors(trainer)
-            announce_cut(self.pruner, trainer, event)
-            log(trainer, self._scalars())
+        announce_cut(self.pruner, trainer, event)
+        log(trainer, self._scalars())
+        tell(trainer, self.pruner.last_change)
         return event
 
     def _scalars(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_slim.callbacks.base import SlimCallback
-from lightning_slim.callbacks.companions import averages, cut_part, monitors, tell
+from lightning_slim.callbacks.companions import averages, cut_part, follow, monitors
 from lightning_slim.checkpoint import cut_tensors, load_state, remember_cut, state_of
 
 
@@ -54,7 +54,7 @@ def roll_back(trainer: Trainer, pl_module: LightningModule, owner: Callback, sna
             config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(snapshot["precision"])
     pl_module.zero_grad()  # what was accumulated belongs to the other structure
-    tell(trainer, pl_module, change=None)
+    follow(trainer, pl_module, change=None)
     # A resumed run may have other callbacks than the one that took the snapshot.
     for callback in (c for c in _others(trainer, owner) if c.state_key in snapshot["callbacks"]):
         callback.load_state_dict(snapshot["callbacks"][callback.state_key])

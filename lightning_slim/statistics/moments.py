@@ -121,9 +121,8 @@ class Moments(Pivoted):
 
     def _fade(self) -> None:
         if self._fading != 1:
-            for tensor in super().sums.values():
-                tensor *= self._fading
-            self._fading = 1.0
+            faded = {name: tensor * self._fading for name, tensor in super().sums.items()}
+            vars(self).update(faded, _fading=1.0)
 
     @property
     def _about_pivot(self) -> Float[Tensor, "columns"]:
