@@ -52,6 +52,8 @@ class ReplayedStep:
             warnings.simplefilter("ignore")
             try:
                 self()
+            except MemoryError:
+                raise
             except Exception:  # whatever a user's step raises when it is taken alone, or on fewer samples
                 return False
         return True

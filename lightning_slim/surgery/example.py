@@ -145,6 +145,8 @@ def _workable(network: nn.Module, call: Example) -> Example:
     with untouched(network):
         try:
             network(*small.args, **small.kwargs)
+        except MemoryError:
+            raise
         except Exception:  # whatever a user's forward raises: the whole call, which it took in training, remains
             return call
     return small

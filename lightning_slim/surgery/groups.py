@@ -63,6 +63,8 @@ def survey_networks(
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     try:
         seen = observe(model, list(_runs(model, calls)), list(calls))
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a network raises, perhaps only while its operations are recorded
         found = survey_traced(model, calls)  # raises what the network itself raises
         warnings.warn(

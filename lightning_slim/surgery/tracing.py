@@ -70,6 +70,8 @@ def trace(model: nn.Module, example: Example) -> tuple[Any, set[Any]]:
                 verbose=False,
                 customized_pruners=widths,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # whatever torch-pruning stumbles over; what the network itself raises is the user's
             if network_fails:
                 raise

@@ -170,6 +170,9 @@ def compare(
 
 
 def _failure(error: Exception) -> str:
+    """What it says of the cut; where memory ran out, nothing, and it is raised again."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        raise error
     message = (str(error).splitlines() or [""])[0][:100]
     return f"the network fails without them ({type(error).__name__}: {message})"
 

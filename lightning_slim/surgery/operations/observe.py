@@ -164,8 +164,8 @@ def observe(model: nn.Module, runs: Sequence[Run], networks: Sequence[str] = (""
                 with warnings.catch_warnings(), watcher:
                     warnings.simplefilter("ignore")
                     run()
-            except Exception:  # noqa: PERF203 - in train mode, say, a batch of one has no statistics
-                if number == 0:
+            except Exception as error:  # noqa: PERF203 - in train mode, say, a batch of one has no statistics
+                if number == 0 or isinstance(error, MemoryError):
                     raise
     alone = watcher.positions.find(watcher.positions.parent).clone()
     parts = list(watcher.algebra.parts.values())
