@@ -85,12 +85,15 @@ class SlimCallback(Callback):
 # Functions of the module, not of `setup`: a LightningModule that carries them can still be pickled and copied.
 def _resize_and_load(pl_module: LightningModule, load: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
     before = cut_tensors(pl_module)
-    fit_to(pl_module, checkpoint)
+    # `Trainer.save_checkpoint` behind a fit does not sign: our hooks are gone by then.
+    known = {c.state_key for c in pl_module.trainer.callbacks if isinstance(c, SlimCallback)}  # type: ignore[attr-defined]
+    ours = bool(known & checkpoint.get("callbacks", {}).keys())
+    fit_to(pl_module, checkpoint, everything=ours)
     load(checkpoint)
-    fit_to(pl_module, checkpoint)  # the user's hook may have renamed what it found
+    fit_to(pl_module, checkpoint, everything=ours)  # the user's hook may have renamed what it found
     for copied in copies(pl_module.trainer):  # averages are loaded later, by their callbacks, but exist already
         remember_cut(copied, before)
-        fit_to(copied, checkpoint)
+        fit_to(copied, checkpoint, everything=ours)
 
 
 def _save_and_sign(pl_module: LightningModule, save: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
