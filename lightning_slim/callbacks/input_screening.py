@@ -27,6 +27,7 @@ from lightning_slim.callbacks.companions import (
     tell,
 )
 from lightning_slim.callbacks.pace import batches_per_epoch
+from lightning_slim.callbacks.telling import warned_of_files
 from lightning_slim.capture import capture_calls
 from lightning_slim.checkpoint import remember_cut
 from lightning_slim.history import ScreeningEvent
@@ -195,8 +196,9 @@ class InputScreening(SlimCallback):
         self._watching.close()
         folder = trainer.log_dir or trainer.default_root_dir  # asked of all ranks: they agree on it
         if self.print_report and trainer.is_global_zero and self.event is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / "inputs.md").write_text(self.event.to_markdown())
+            with warned_of_files():
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / "inputs.md").write_text(self.event.to_markdown())
 
     # --- details ---
 

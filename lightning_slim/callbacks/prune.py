@@ -43,6 +43,7 @@ from lightning_slim.callbacks.telling import (
     log,
     scalars_of,
     warn_if_short,
+    warned_of_files,
 )
 from lightning_slim.candidates import Granularity
 from lightning_slim.checkpoint import cut_tensors
@@ -336,8 +337,9 @@ class Prune(SlimCallback):
             except Exception as error:  # a report must never fail a run that is over
                 rank_zero_warn(f"The report could not be made: {type(error).__name__}: {error}")
                 return
-            table.save(folder)
             Console().print(table)
+            with warned_of_files():
+                table.save(folder)
 
     # --- details ---
 

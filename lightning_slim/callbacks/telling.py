@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -12,6 +14,15 @@ from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.report import Report, batch_sizes, report, size_in_words
 from lightning_slim.surgery import dropped, grow_back, resize_to
 from lightning_slim.weight_norm import settle
+
+
+@contextmanager
+def warned_of_files() -> Iterator[None]:
+    """A run that is over does not fail because a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"The report could not be saved: {error}")
 
 
 def announce(pruner: Pruner) -> None:

@@ -1,9 +1,10 @@
-"""A checkpoint that a user saves when the fit is over resumes as any other."""
+"""Behind a fit: a checkpoint that a user saves then resumes, and a full disk fails no run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_slim import Magnitude, OneShot, Prune, Units
@@ -23,3 +24,11 @@ def test_a_checkpoint_saved_behind_the_fit_resumes(tmp_path: Path) -> None:
     assert [p.shape for p in resumed.parameters()] == [p.shape for p in lit.parameters()]
     assert len(again.history.events) == 1
     assert all(torch.isfinite(p).all() for p in resumed.parameters())
+
+
+def test_a_report_that_cannot_be_saved_fails_no_run(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()  # a file of that name cannot be written
+    with pytest.warns(UserWarning, match="could not be saved"):
+        trainer(tmp_path, Prune(Magnitude(), Units(0.5), schedule=OneShot(0.3)), max_epochs=2).fit(
+            Lit(), loader(), loader()
+        )
