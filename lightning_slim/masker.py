@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import reduce
@@ -32,6 +33,7 @@ from lightning_slim.masks import (
     stacked,
     transposed_groups,
     unstacked,
+    weights_left_out,
 )
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import InputRecorder
@@ -110,6 +112,9 @@ class Masker:
         self._aliases: dict[str, str] = {}  # every name of a masked weight -> the one that it is masked under
         self._readers: dict[str, list[str]] = {}  # masked weight -> its names in layers that read with it
         self._attached = False
+        self._settled: set[str] = set()  # the masks that training goes on with, whatever is found later
+        self._hooked: set[str] = set()  # those whose gradients are masked: a frozen weight has none
+        self._unfit: set[str] = set()  # weights that began to train later, and do not fit the pattern
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -126,6 +131,25 @@ class Masker:
     def unheard(self) -> list[str]:
         """The masked weights that the score has heard nothing of since it began anew: no gradient, or no inputs."""
         return [name for name in self.masks if not self._heard_of(name)]
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether weights train by now that did not when it was found what is masked, such as unfrozen ones."""
+        known = self.masks.keys() | self.last | self._unfit
+        trains = find_weights(self.model, self.module, self.skip).keys()
+        return self.prepared and bool((trains - known) | (trains & self._settled - self._hooked))
+
+    @property
+    def behind(self) -> bool:
+        """Whether weights are masked that were not at the last update."""
+        return bool(self.events) and bool(self.masks.keys() - self.events[-1].weights.keys())
+
+    @property
+    def unmasked(self) -> dict[str, int]:
+        """What trains, is no bias, norm or last layer, and has no mask: name -> entries; none of what is skipped."""
+        known = {id(self.model.get_parameter(name)) for name in self.masks.keys() | self.last}
+        found = weights_left_out(self.model, self.module, self.skip).items()
+        return {name: weight.numel() for name, weight in found if id(weight) not in known}
 
     @property
     def listens(self) -> bool:
@@ -157,6 +181,9 @@ class Masker:
     def prepare(self, loss: Tensor | None = None) -> None:
         """Finds what can be masked, and checks that it can; no weight is touched.
 
+        Once the masks are attached, they stay, and those of weights that train by now join them (`outgrown`); of these,
+        what does not fit the pattern stays dense, with a warning.
+
         Args:
             loss: a loss of the model, with its graph: it tells which layers are last. None: none is.
 
@@ -167,30 +194,41 @@ class Masker:
         check_module(self.model, self.module)
         weights = find_weights(self.model, self.module, self.skip)
         if loss is not None and not self.mask_last:
-            self.last |= find_last(loss, weights)
-        weights = {name: weight for name, weight in weights.items() if name not in self.last}
-        if not weights:
+            self.last |= find_last(loss, weights) - self._settled
+        weights = {name: weight for name, weight in weights.items() if name not in self.last | self._settled}
+        if not weights and not self._settled:
             raise ValueError(
                 f"Nothing can be masked in {type(self.model).__name__}: it has no linear, convolutional, recurrent or "
                 "embedding weights but those that are skipped, frozen or right before the loss."
             )
         for name, weight in weights.items():
-            if wrong := self.pattern.refuses(self._stacked(name, weight).shape):
+            wrong = self.pattern.refuses(self._stacked(name, weight).shape)
+            if wrong and not self._settled:
                 raise ValueError(f"{wrong} ({name}, with `skip`).")
-        self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+            if wrong and name not in self._unfit:
+                warnings.warn(f"{name}, which trains by now, stays dense: {wrong}.", stacklevel=2)
+                self._unfit.add(name)
+        settled = {name: mask for name, mask in self.masks.items() if name in self._settled}
+        fit = {name: weight for name, weight in weights.items() if name not in self._unfit}
+        self.masks = {**settled, **{name: torch.ones_like(w, dtype=torch.bool) for name, w in fit.items()}}
         self._name()
+        heard = self._inputs.told if self._inputs is not None else {}
         self._inputs = self._listen()
+        if self._inputs is not None:
+            self._inputs.told |= {name: told for name, told in heard.items() if name in self._inputs.told}
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """From now on gradients are masked, and weights are zeroed after each step of these optimizers."""
         self.detach()
-        self._attached = True
+        self._attached, self._settled, self._hooked = True, set(self.masks), set()
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
         for name, weight in self.weights.items():
             self.masks[name] = self.masks[name].to(weight.device)
             if name in self._sums:
                 self._sums[name] = self._sums[name].to(weight.device)
-            self._handles.append(weight.register_hook(self._masking(name)))  # type: ignore[no-untyped-call]
+            if weight.requires_grad:
+                self._handles.append(weight.register_hook(self._masking(name)))  # type: ignore[no-untyped-call]
+                self._hooked.add(name)
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
 
     def detach(self) -> None:
@@ -253,7 +291,8 @@ class Masker:
             ValueError: something is due, and of some weights the score has heard nothing.
         """
         asked = self.sparsity * self.schedule(progress)
-        exchange = self.regrow is not None and bool(self.events) and self.events[-1].asked == self.sparsity
+        done = bool(self.events) and self.events[-1].asked == self.sparsity and not self.behind
+        exchange = self.regrow is not None and done
         if asked <= self.reached and not exchange:
             return None
         copies, optimizers = list(copies), list(optimizers)

@@ -25,6 +25,7 @@ class AccuracyGuard:
         self.search = AccuracySearch(budget)
         self.snapshot: dict[str, Any] | None = None  # of the last good state, while a step is under trial
         self.metrics: dict[str, float] = {}  # of the state that a run was rolled back to, until there are new ones
+        self._logged: dict[str, float] = {}  # when the metric was heard last
         self._before: dict[str, float] = {}  # of the state before the step under trial
         self._validated = False  # whether there was a validation in this epoch
         self._source: Literal["validation", "training"] | None = None  # of the metric; Lightning keeps old values
@@ -56,11 +57,10 @@ class AccuracyGuard:
         idle = search.trying is None and search.reference is not None and not search.over
         return idle and epochs_left + 1e-9 >= search.budget.patience
 
-    def begin(self, trainer: Trainer, before: dict[str, Any], reached: float | None, epoch: float) -> None:
+    def begin(self, before: dict[str, Any], reached: float | None, epoch: float) -> None:
         """A step was taken.
 
         Args:
-            trainer: whose metrics are still those of the model before it.
             before: the run as it was then.
             reached: fraction of the original that the step leaves; None if nothing could go.
             epoch: now.
@@ -68,7 +68,7 @@ class AccuracyGuard:
         if reached is None:
             self.search.over = True
         else:
-            self.snapshot, self._before = before, self.metrics or metrics_of(trainer)
+            self.snapshot, self._before = before, self.metrics or self._logged
             self.search.begin(reached, epoch)
 
     def decide(self, trainer: Trainer, epoch: float, last: bool) -> tuple[Verdict, dict[str, Any]]:
@@ -92,7 +92,7 @@ class AccuracyGuard:
         """A value counts when what logs it is over; that is where it came from first."""
         logged = trainer.callback_metrics
         if self.monitor in logged and self._source in (None, source):
-            self._source, self.metrics = source, {}
+            self._source, self.metrics, self._logged = source, {}, metrics_of(trainer)
             self.search.observe(float(trainer.strategy.broadcast(float(logged[self.monitor]), src=0)))
 
     def warn_if_idle(self) -> None:
@@ -110,7 +110,9 @@ class AccuracyGuard:
             "search": self.search.state_dict(),
             "snapshot": self.snapshot,
             "metrics": dict(self.metrics),
+            "logged": dict(self._logged),
             "before": dict(self._before),
+            "validated": self._validated,
             "source": self._source,
         }
 
@@ -118,4 +120,4 @@ class AccuracyGuard:
         """The inverse of `state_dict`."""
         self.search.load_state_dict(state["search"])
         self.snapshot, self.metrics, self._before = state["snapshot"], dict(state["metrics"]), dict(state["before"])
-        self._source = state["source"]
+        self._logged, self._source, self._validated = dict(state["logged"]), state["source"], state["validated"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.callbacks.gathering import Gathering
 from lightning_slim.pruner import Pruner
-from lightning_slim.surgery import recalibrating
+from lightning_slim.surgery import begin_recalibrating, end_recalibrating
 
 
 class Look(Callback):
@@ -93,10 +92,13 @@ class Recalibrate(Callback):
     """Batch statistics are measured anew on the batches that train, or pass."""
 
     def __init__(self) -> None:
-        self._measuring = ExitStack()
+        self._momenta: dict[str, float | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measuring.enter_context(recalibrating(pl_module))
+        self._momenta = begin_recalibrating(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measuring.close()
+        end_recalibrating(pl_module, self._momenta)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        end_recalibrating(pl_module, self._momenta)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from lightning_slim.arguments import check_arguments
 from lightning_slim.budgets import Budget, MACs
 from lightning_slim.callbacks.accuracy_guard import AccuracyGuard
 from lightning_slim.callbacks.base import SlimCallback, metrics_of
+from lightning_slim.callbacks.behind import BehindModule
 from lightning_slim.callbacks.clock import Clock, epochs_done, epochs_in_run, epochs_with_this, is_over, steps_left
 from lightning_slim.callbacks.companions import (
     agree_on_shapes,
@@ -56,7 +56,7 @@ from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.scores import Score
 from lightning_slim.selection import RoundTo, Scope, Selection
 from lightning_slim.skipping import Skip, check_module, check_skip
-from lightning_slim.surgery import recalibrating
+from lightning_slim.surgery import begin_recalibrating, end_recalibrating, pause_momentum
 from lightning_slim.transaction import all_or_nothing
 
 
@@ -171,7 +171,8 @@ class Prune(SlimCallback):
         self._guarding: AccuracyGuard | None = None
         self._point = -math.inf  # the last point in time, in epochs, at which a cut was decided on
         self._gathering = Gathering(labels, record_every_n_steps)
-        self._recalibrating = ExitStack()
+        self._momenta: dict[str, float | None] = {}  # of batch norms that measure their statistics anew
+        self._behind_module = BehindModule("on_train_epoch_end")
         self._logged: dict[str, float] = {}  # at the end of the last epoch in which there was anything new
 
     @property
@@ -195,7 +196,7 @@ class Prune(SlimCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._tuning.rates, self._logged = [], {}
+        self._tuning.rates, self._logged, self._momenta = [], {}, {}
         if stage == "fit" and self._guarding is not None and self._pruner is not None:
             self._forget_trial(self._guarding, trainer, pl_module)
         old = self._pruner
@@ -227,12 +228,14 @@ class Prune(SlimCallback):
             "point": self._point,
             "gathering": self._gathering.state_dict(),
             "rates": self._tuning.rates,
+            "momenta": dict(self._momenta),
             "pruner": self.pruner.state_dict() if self._pruner is not None else {},
             "guarding": self._guarding.state_dict() if self._guarding is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._point, self._tuning.rates = state_dict["point"], state_dict["rates"]
+        self._momenta = dict(state_dict["momenta"])
         self._gathering.load_state_dict(state_dict["gathering"])
         self.pruner.load_state_dict(state_dict["pruner"])
         if self._guarding is not None and state_dict["guarding"] is not None:
@@ -248,6 +251,7 @@ class Prune(SlimCallback):
         self.pruner.ranks, self.pruner.leads = trainer.world_size, trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._momenta |= pause_momentum(pl_module, self._momenta)  # resumed in the epoch of a cut
         if self.when == "end":
             self._clock = replace(self._clock, origin=self._tuning.attach(trainer))
         if self.when == "start":
@@ -283,6 +287,7 @@ class Prune(SlimCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
+        end_recalibrating(pl_module, self._momenta)  # but a checkpoint that is saved now remembers
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -301,12 +306,20 @@ class Prune(SlimCallback):
             self._guarding.after_validation(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._recalibrating.close()
-        if self._guarding is not None:
-            self._guarding.after_epoch(trainer)
-            # Not later: averages are put into the module when training ends, and checkpoints are saved behind this.
-            if is_over(trainer):
-                self._settle(self._guarding, trainer, pl_module, epochs_with_this(trainer), last=True)
+        self._end_recalibrating(pl_module)
+        if self._guarding is None:
+            self._log_epoch(trainer, pl_module)
+        else:
+            self._behind_module.call(pl_module, partial(self._end_epoch, self._guarding, trainer, pl_module))
+
+    def _end_epoch(self, guard: AccuracyGuard, trainer: Trainer, pl_module: LightningModule) -> None:
+        guard.after_epoch(trainer)
+        # Not later: averages are put into the module when training ends, and checkpoints are saved behind this.
+        if is_over(trainer):
+            self._settle(guard, trainer, pl_module, epochs_with_this(trainer), last=True)
+        self._log_epoch(trainer, pl_module)
+
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pruner.prepared:
             shown = ("slim/params_left", "slim/macs_left")
             scalars = self._scalars()
@@ -326,6 +339,7 @@ class Prune(SlimCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
+        self._end_recalibrating(pl_module)
         if self.pruner.prepared and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warn_if_short(self.pruner)
             if self._guarding is not None:
@@ -346,7 +360,11 @@ class Prune(SlimCallback):
     def _close(self) -> None:
         self._tuning.close()
         self._gathering.finish()
-        self._recalibrating.close()
+        self._behind_module.forget()
+
+    def _end_recalibrating(self, pl_module: LightningModule) -> None:
+        end_recalibrating(pl_module, self._momenta)
+        self._momenta = {}
 
     @property
     def _counted(self) -> Budget:
@@ -429,7 +447,7 @@ class Prune(SlimCallback):
             with all_or_nothing(*all_that_changes(trainer, pl_module)):
                 before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
                 event = self._cut(trainer, pl_module, epoch / run, guard.search.target)
-                guard.begin(trainer, before, None if event is None else event.reached, epoch)
+                guard.begin(before, None if event is None else event.reached, epoch)
             if guard.search.repeats:
                 self._settle(guard, trainer, pl_module, epoch)
 
@@ -450,7 +468,7 @@ class Prune(SlimCallback):
             if verdict == "wait":
                 return verdict
             if verdict == "roll back":
-                self._recalibrating.close()
+                self._end_recalibrating(pl_module)
                 roll_back(trainer, pl_module, self, snapshot)
                 self.pruner.load_state_dict(snapshot["pruner"])
                 self._gathering.drop_gradients()
@@ -470,8 +488,8 @@ class Prune(SlimCallback):
             if event is None:
                 return None
             if self.recalibrate_bn and self.when != "start":  # no batch norm has measured anything by then
-                self._recalibrating.close()
-                self._recalibrating.enter_context(recalibrating(pl_module))
+                self._end_recalibrating(pl_module)
+                self._momenta = begin_recalibrating(pl_module)
             agree_on_shapes(trainer.strategy, pl_module)
             follow(trainer, pl_module, self.pruner.last_change)
             if self.reset_monitors:

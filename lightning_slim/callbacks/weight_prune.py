@@ -106,6 +106,7 @@ class WeightPrune(SlimCallback):
         self._masker: Masker | None = None
         self._point = -math.inf  # the last point in time, in epochs, at which an update was decided on
         self._finding = True  # what is last, in the first batch
+        self._growing = False  # in a batch that tells which weights train by now
         self._copies_behind = False  # after a cut of the structure
         self._batches = 0
         self._waited = 0  # batches, for something to score by
@@ -130,7 +131,7 @@ class WeightPrune(SlimCallback):
         self._tuning.rates = []
         old = self._masker
         anew = old is None or old.model is not pl_module or not old.in_step
-        self._finding, self._waited = anew, 0
+        self._finding, self._growing, self._waited = anew, False, 0
         if anew or self.when != "start":
             self._point = -math.inf  # a fit has a time of its own; what is masked stays masked
         if anew:
@@ -184,6 +185,8 @@ class WeightPrune(SlimCallback):
             self._clock = replace(self._clock, origin=self._tuning.begins)
         if self.when != "start":
             self.masker.schedule = self._clock.follow(self.schedule, trainer)
+        if not self._finding and batch_idx == 0:
+            self._look_for_more()
         if not self._finding and self._goes_on:
             self._update_if_due(trainer, batch_idx)
             due = self._batches % self.record_every_n_steps == 0
@@ -201,6 +204,7 @@ class WeightPrune(SlimCallback):
         point = self._clock.due(self.masker.schedule, trainer, batch_idx, self._point)
         if point is None:
             return
+        self._look_for_more()
         progress = self._clock.progress(trainer, point)
         if self.masker.schedule(progress) > 0 and not self.masker.agree(self.masker.ready):
             self._waited += 1
@@ -210,8 +214,12 @@ class WeightPrune(SlimCallback):
         self._update(trainer, progress)
         self._point = point
 
+    def _look_for_more(self) -> None:
+        """Weights that train by now, such as unfrozen ones, are masked from the end of this batch on."""
+        self._growing = self.when != "start" and self.masker.outgrown
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._finding:  # each of several losses has its own last layers
+        if self._finding or self._growing:  # each of several losses has its own last layers
             self.masker.prepare(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -225,8 +233,11 @@ class WeightPrune(SlimCallback):
         if self._recording is not None:
             self._stop_recording()
             self._hear(batch)
-        if self._finding and self.masker.prepared:
-            self._finding = False
+        if (self._finding or self._growing) and self.masker.prepared:
+            if self._finding and self.masker.unmasked:
+                names = ", ".join(f"{name} ({entries:,})" for name, entries in self.masker.unmasked.items())
+                rank_zero_info(f"slim: not masked, and not counted, are weights of other kinds of layers: {names}")
+            self._finding = self._growing = False
             self.masker.attach(trainer.optimizers)
         if self._copies_behind:
             self._copies_behind = False
@@ -254,9 +265,17 @@ class WeightPrune(SlimCallback):
         self._tuning.close()
         self._stop_recording()
         self.masker.detach()
-        if trainer.fast_dev_run or not self.masker.prepared or self.when == "start":  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not self.masker.prepared:  # type: ignore[attr-defined]
             return
-        finished = bool(self.events) and self.events[-1].asked >= self.sparsity
+        if self.when == "start":
+            if self.masker.outgrown:
+                rank_zero_warn(
+                    "Weights that were frozen at the start, when the masks were chosen, trained later and are dense: "
+                    "mask `when='during'` training to include them.",
+                    category=NoEffectWarning,
+                )
+            return
+        finished = bool(self.events) and self.events[-1].asked >= self.sparsity and not self.masker.behind
         if not finished and float(self.masker.schedule.end) > self._clock.progress(trainer, self._point) + 1e-9:
             rank_zero_warn(
                 f"Masking is not finished: {self.masker.reached:.1%} of the weights are zero, {self.sparsity:.1%} was "

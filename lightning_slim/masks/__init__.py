@@ -9,7 +9,14 @@ from lightning_slim.masks.regrowth import SET, Regrowth, RigL
 from lightning_slim.masks.screening import WeightScreening
 from lightning_slim.masks.wanda import WeightWanda
 from lightning_slim.masks.weight_scores import WeightLamp, WeightMagnitude, WeightMovement, WeightSaliency, WeightScore
-from lightning_slim.masks.weights import LAYERS, find_weights, stacked, transposed_groups, unstacked
+from lightning_slim.masks.weights import (
+    LAYERS,
+    find_weights,
+    stacked,
+    transposed_groups,
+    unstacked,
+    weights_left_out,
+)
 
 __all__ = [
     "LAYERS",
@@ -40,4 +47,5 @@ __all__ = [
     "stacked",
     "transposed_groups",
     "unstacked",
+    "weights_left_out",
 ]

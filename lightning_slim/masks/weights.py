@@ -48,6 +48,22 @@ def find_weights(model: nn.Module, module: str = "", skip: Skip = ()) -> dict[st
     return {name: p for name, p in found.items() if first[id(p)] == name and id(p) not in whole}
 
 
+def weights_left_out(model: nn.Module, module: str = "", skip: Skip = ()) -> dict[str, nn.Parameter]:
+    """Matrices that train and that `find_weights` does not know: those of recurrent cells and of a user's own layers.
+
+    Never biases, norms, nor what is skipped. Arguments as in `find_weights`.
+    """
+    found = {}
+    for path, layer in model.named_modules():
+        outside = bool(module) and not f"{path}.".startswith(f"{module}.")
+        if outside or isinstance(layer, (*LAYERS, nn.LayerNorm)) or any(skips(entry, path, layer) for entry in skip):
+            continue
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad and sum(size > 1 for size in parameter.shape) > 1:
+                found[f"{path}.{name}" if path else name] = parameter
+    return found
+
+
 def transposed_groups(model: nn.Module, name: str) -> int:
     """The number of groups of the transposed convolution that a weight belongs to; 0 if it belongs to none."""
     layer = model.get_submodule(name.rpartition(".")[0])

@@ -1,6 +1,12 @@
 """Carries out a plan; knows no score."""
 
-from lightning_slim.surgery.batch_norm import keeping_statistics, recalibrate_batch_norm, recalibrating
+from lightning_slim.surgery.batch_norm import (
+    begin_recalibrating,
+    end_recalibrating,
+    keeping_statistics,
+    pause_momentum,
+    recalibrate_batch_norm,
+)
 from lightning_slim.surgery.blocks import drop, dropped, find_blocks, grow_back
 from lightning_slim.surgery.cut import Cut, StructureChange, forget_blocks, remove_units, resize_to, restore
 from lightning_slim.surgery.example import Example
@@ -16,9 +22,11 @@ __all__ = [
     "Example",
     "StructureChange",
     "Survey",
+    "begin_recalibrating",
     "calls_after",
     "drop",
     "dropped",
+    "end_recalibrating",
     "find_blocks",
     "find_groups",
     "find_work",
@@ -26,8 +34,8 @@ __all__ = [
     "grow_back",
     "keeping_statistics",
     "migrate",
+    "pause_momentum",
     "recalibrate_batch_norm",
-    "recalibrating",
     "remove_units",
     "resize_to",
     "restore",

@@ -224,10 +224,9 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
         return value
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
-    for hook in (old._backward_hooks or {}).values():
-        new.register_hook(hook)  # type: ignore[no-untyped-call]
-    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-        new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if held := getattr(old, hooks, None):
+            setattr(new, hooks, held)  # the same ones: their handles remove them still
     return new
 
 

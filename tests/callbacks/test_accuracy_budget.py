@@ -80,6 +80,14 @@ class WriteDown(pl.Callback):
             self.states.append(copy.deepcopy(state))
 
 
+def put_back(state: dict[str, Any]) -> dict[str, Any]:
+    """All of it but the clock: schedulers and the rates that they write go on."""
+    groups = [{key: g[key] for key in g if key != "lr"} for g in state["optimizer"]["param_groups"]]
+    state = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+    del state["schedulers"]
+    return state
+
+
 def equal(a: Any, b: Any) -> bool:
     """Of plain data with tensors in it, to the bit."""
     if isinstance(a, torch.Tensor):
@@ -125,9 +133,10 @@ def test_a_greedy_step_is_rolled_back_to_the_bit(tmp_path: Path, kind: str) -> N
     assert [(trial.epoch, trial.value, trial.kept) for trial in callback.trials] == [(3.0, 0.5, False)]
     assert last.states[1]["weights"]["net.c1.weight"].shape[0] < 8
     assert first.states[3]["weights"]["net.c1.weight"].shape[0] < 8
-    before, after = first.states[1], last.states[3]
+    before, after = put_back(first.states[1]), put_back(last.states[3])
     for part in before:
         assert equal(before[part], after[part]), part
+    assert [state["schedulers"][0]["last_epoch"] for state in last.states] == [0, 1, 2, 3, 4, 5]
     assert module.net.c1.weight.shape[0] == module.net.c1.out_channels == 8
     assert not same(before["weights"], module.state_dict())  # it trained on
     held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
@@ -143,8 +152,9 @@ def test_blocks_come_back_with_their_momentum(tmp_path: Path) -> None:
     run = trainer(tmp_path, first, callback, last)
     run.fit(module, loader(), loader())
     assert len(last.states[1]["weights"]) < len(first.states[1]["weights"])
-    for part in first.states[1]:
-        assert equal(first.states[1][part], last.states[2][part]), part
+    before, after = put_back(first.states[1]), put_back(last.states[2])
+    for part in before:
+        assert equal(before[part], after[part]), part
     assert not dropped(module)
     held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
@@ -161,6 +171,81 @@ def test_after_a_roll_back_smaller_steps_follow(tmp_path: Path) -> None:
     assert 0.75 >= lefts[1] > 0.7
     assert lefts[-1] == callback.history.events[-1].reached
     assert [event.reached for event in callback.history.events] == lefts[1:]
+
+
+class Scheduled(Told):
+    """The same, of a scheduler that is made for the run."""
+
+    def __init__(self, values: list[float], make: Any) -> None:
+        super().__init__(values)
+        self.make = make
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return {"optimizer": optimizer, "lr_scheduler": self.make(optimizer, self.trainer)}
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, trainer: pl.Trainer) -> dict[str, Any]:
+    steps = int(trainer.estimated_stepping_batches)
+    return {"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps), "interval": "step"}
+
+
+def step_decay(optimizer: torch.optim.Optimizer, trainer: pl.Trainer) -> dict[str, Any]:
+    return {"scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])}  # each rate from the last one
+
+
+@pytest.mark.parametrize("make", [one_cycle, step_decay])
+def test_the_rate_goes_on_by_the_clock(tmp_path: Path, make: Any) -> None:
+    rates = []
+    for values in ([0.9] * 6, [0.9, 0.1, 0.1, 0.1, 0.1, 0.1]):
+        callback, module = guard(budget={"patience": 1}), Scheduled(values, make)
+        run = fit(tmp_path, callback, module)
+        rates.append((run.optimizers[0].param_groups[0]["lr"], run.optimizers[0].param_groups[0]["betas"]))
+        assert any(not trial.kept for trial in callback.trials) == (values[1] == 0.1)
+    assert rates[0] == rates[1]
+    assert rates[0][0] <= 1e-4
+
+
+def test_a_rate_that_waits_for_a_metric_goes_back(tmp_path: Path) -> None:
+    def plateau(optimizer: torch.optim.Optimizer, trainer: pl.Trainer) -> dict[str, Any]:
+        waits = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
+        return {"scheduler": waits, "monitor": "told"}
+
+    callback = guard(budget={"patience": 2, "on_failure": "stop"})
+    run = fit(tmp_path, callback, Scheduled([0.9, 0.5, 0.4, 0.91, 0.92, 0.93], plateau))
+    assert [trial.kept for trial in callback.trials] == [False]
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
+class ToldLate(Lit):
+    """Logs in `on_train_epoch_end`, as torchmetrics are."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def on_train_epoch_end(self) -> None:
+        self.log("told", self.values[self.current_epoch])
+
+
+@pytest.mark.parametrize("on_the_instance", [False, True])
+def test_a_metric_of_the_end_of_an_epoch_counts_for_it(tmp_path: Path, on_the_instance: bool) -> None:
+    values = [0.9, 0.5, 0.9, 0.9, 0.5, 0.9]
+    callback, module = guard(budget={"patience": 1}), ToldLate(values)
+    if on_the_instance:
+        module.on_train_epoch_end = own = module.on_train_epoch_end
+    fit(tmp_path, callback, module)
+    assert [trial.epoch for trial in callback.trials] == [2, 3, 4, 5, 6]
+    assert [trial.value for trial in callback.trials] == pytest.approx(values[1:])
+    assert [trial.kept for trial in callback.trials] == [False, True, True, False, True]
+    assert vars(module).get("on_train_epoch_end") == (own if on_the_instance else None)
+
+
+def test_a_hook_that_raises_leaves_the_module_with_its_own(tmp_path: Path) -> None:
+    module = ToldLate([0.9])  # one value for six epochs
+    with pytest.raises(IndexError):
+        fit(tmp_path, guard(), module)
+    assert "on_train_epoch_end" not in vars(module)
 
 
 def test_where_half_a_step_is_the_same_step_it_is_not_tried_again(tmp_path: Path) -> None:

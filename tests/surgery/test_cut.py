@@ -311,3 +311,16 @@ def test_resize_shrinks_and_grows() -> None:
     resize_to(fresh, dense_shapes)
     fresh.load_state_dict(Mixed().state_dict())
     assert fresh(x).shape == (16, 5)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_handle_of_before_a_cut_removes_its_hook_behind_it(register: str) -> None:
+    net, heard = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), []
+    handle = getattr(net[0].weight, register)(lambda tensor: heard.append(tuple(tensor.shape)))
+    groups = find_groups(net, torch.randn(2, 4))
+    remove_units(net, groups, {"0": torch.arange(8) < 6})
+    net(torch.randn(3, 4)).sum().backward()
+    assert heard == [(6, 4)]
+    handle.remove()
+    net(torch.randn(3, 4)).sum().backward()
+    assert heard == [(6, 4)]
