@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_slim.statistics import Moments, least_squares_image, merged
 from lightning_slim.surgery.compensate import fold
@@ -40,6 +41,51 @@ def fold_plan(
             seen = zip(moments[group.name], group.readers, strict=True)
             pairs = [(at_reader, reader) for at_reader, reader in seen if at_reader is not None]
             yield from _fold_group(models, group, plan[group.name], pairs, compensate)
+
+
+ITERATES = ("z", "p0", "ax", "slow_buffer", "slow_param")  # of schedule-free, Prodigy, ASGD and Lookahead
+
+
+@torch.no_grad()
+def fold_iterates(
+    optimizers: Iterable[Optimizer],
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    plan: Plan,
+    moments: Mapping[str, Sequence[Moments | None]],
+    compensate: Compensate,
+) -> None:
+    """Folds what optimizers keep that stands for weights as the weights themselves are folded; momentum stays.
+
+    Without that, a schedule-free average would lead back to weights that nothing was folded into.
+
+    Args:
+        optimizers: whose states are replaced, not written into.
+        model: whose weights serve as the place to fold in; they are as they were in the end.
+        groups: as in `fold_plan`.
+        plan: as in `fold_plan`.
+        moments: as in `fold_plan`.
+        compensate: as in `fold_plan`.
+    """
+    weights = {id(parameter) for parameter in model.parameters()}
+    for optimizer in (getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers):
+        for key in ITERATES:
+            held = {p: s for p, s in optimizer.state.items() if id(p) in weights and _stands_for(s.get(key), p)}
+            now = [p.clone() for p in held]
+            for p, state in held.items():
+                p.copy_(state[key].view(p.shape))
+            before = [p.clone() for p in held]
+            for _ in fold_plan([model], groups, plan, moments, compensate) if held else ():
+                pass
+            for (p, state), then in zip(held.items(), before, strict=True):
+                state[key] = state[key] + (p - then).to(state[key]).view(state[key].shape)
+            for p, value in zip(held, now, strict=True):
+                p.copy_(value)
+
+
+def _stands_for(iterate: object, weight: Tensor) -> bool:
+    """Whether a state is as large as its weight."""
+    return isinstance(iterate, Tensor) and iterate.numel() == weight.numel()
 
 
 def _fold_group(

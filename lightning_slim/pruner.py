@@ -21,7 +21,7 @@ from lightning_slim.candidates import Granularity, Wish, find_candidates
 from lightning_slim.checkpoint import remember_cut
 from lightning_slim.costs import Costs
 from lightning_slim.evidence import evidence_of
-from lightning_slim.folding import Compensate, fold_plan
+from lightning_slim.folding import Compensate, fold_iterates, fold_plan
 from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.latency import LEVELS, best_steps, check_device, measure, steps_of_table
@@ -35,6 +35,8 @@ from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import (
     Example,
     StructureChange,
+    UnknownState,
+    check_states,
     dropped,
     find_work,
     forget_blocks,
@@ -108,6 +110,7 @@ class Pruner:
         protect_significant: units that are significant stay whatever the budget, with at most this share of them
             being so by chance; None protects none.
         open_ended: whether pruning may end before the budget is reached.
+        unknown: what becomes of an optimizer's state of a shape that is not understood: `"raise"`, or `"reset"` it.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -137,6 +140,7 @@ class Pruner:
         guard: Guard | None = None,
         protect_significant: float | None = None,
         open_ended: bool = False,
+        unknown: UnknownState = "raise",
     ) -> None:
         check_arguments(Pruner, locals())
         if budget is not None and budget.monitored:
@@ -159,6 +163,7 @@ class Pruner:
         self.verify = verify
         self.seed = seed
         self.granularity = granularity
+        self.unknown = unknown
         self.history = History()
         self.last_change: StructureChange | None = None
         self.left_whole: dict[str, str] = {}
@@ -389,12 +394,23 @@ class Pruner:
                 put_back()
             self._give_up(plan, wrong)
             return None
+        fold_iterates(optimizers, self.model, self.groups, plan, self.recorder.moments, self.compensate)
         cuts = [remove_units(model, self.groups, plan) for model in models]
-        migrate(optimizers, cuts[0])
+        migrate(optimizers, cuts[0], self.unknown)
         for model in models:
             forget_blocks(model)
         remember_cut(self.model, self.cut_tensors)
         return self._remember(progress, asked, global_step, plan, scores)
+
+    def check_states(self, optimizers: Iterable[Optimizer]) -> None:
+        """Says before the first cut if an optimizer, in which a step was taken, has a state that cannot be cut.
+
+        Raises:
+            ValueError: it has, and `unknown` is `"raise"`.
+        """
+        tensors = named_tensors(self.model)
+        if self.unknown == "raise":
+            check_states(optimizers, {span.tensor: tensors[span.tensor] for g in self.groups for span in g.spans})
 
     def refuse_moving_teachers(self) -> None:
         """What follows the weights of a network by itself would mix units after a cut.

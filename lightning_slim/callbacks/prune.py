@@ -56,7 +56,7 @@ from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.scores import Score
 from lightning_slim.selection import RoundTo, Scope, Selection
 from lightning_slim.skipping import Skip, check_module, check_skip
-from lightning_slim.surgery import begin_recalibrating, end_recalibrating, pause_momentum
+from lightning_slim.surgery import UnknownState, begin_recalibrating, end_recalibrating, pause_momentum
 from lightning_slim.transaction import all_or_nothing
 
 
@@ -90,6 +90,8 @@ class Prune(SlimCallback):
             of the run, where the schedule would not be over otherwise.
         recovery_steps: so many steps of the optimizer lie between two cuts at least, however short epochs are; None: a
             fortieth of the run's, from 4 to 50.
+        unknown: what becomes of an optimizer's state of a shape that is not understood: `"raise"` in the first step, or
+            `"reset"` it at each cut.
         record_every_n_steps: how often evidence is recorded.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after each cut: what was best before was
             best of a larger model. Files of the old best stay on disk.
@@ -146,6 +148,7 @@ class Prune(SlimCallback):
         finetune: Time = 0.3,
         finetune_lr: float = 0.1,
         recovery_steps: int | None = None,
+        unknown: UnknownState = "raise",
     ) -> None:
         check_arguments(Prune, locals())
         check_when(when, score, score.flow, probe_batches, rounds)
@@ -156,7 +159,7 @@ class Prune(SlimCallback):
         self.selection = Selection(scope, round_to, keep_at_least or {}, keep_at_most or {}, macs_to_params)
         self.skip, self.compensate, self.verify, self.seed = skip, compensate, verify, seed
         self.module, self.reset_monitors, self.granularity = module, reset_monitors, granularity
-        self.recalibrate_bn = recalibrate_bn
+        self.recalibrate_bn, self.unknown = recalibrate_bn, unknown
         if recovery_steps is not None and recovery_steps < 1:
             raise ValueError(f"Expected `recovery_steps` of at least 1, got {recovery_steps}.")
         self.recovery_epochs, self.recovery_steps = recovery_epochs, recovery_steps
@@ -173,6 +176,7 @@ class Prune(SlimCallback):
         self._gathering = Gathering(labels, record_every_n_steps)
         self._momenta: dict[str, float | None] = {}  # of batch norms that measure their statistics anew
         self._behind_module = BehindModule("on_train_epoch_end")
+        self._unchecked = True  # whether the optimizers' states can be cut
         self._logged: dict[str, float] = {}  # at the end of the last epoch in which there was anything new
 
     @property
@@ -196,7 +200,7 @@ class Prune(SlimCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._tuning.rates, self._logged, self._momenta = [], {}, {}
+        self._tuning.rates, self._logged, self._momenta, self._unchecked = [], {}, {}, True
         if stage == "fit" and self._guarding is not None and self._pruner is not None:
             self._forget_trial(self._guarding, trainer, pl_module)
         old = self._pruner
@@ -221,6 +225,7 @@ class Prune(SlimCallback):
                 guard=self.guard,
                 protect_significant=self.protect_significant,
                 open_ended=self._guarding is not None,
+                unknown=self.unknown,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,6 +289,9 @@ class Prune(SlimCallback):
     ) -> None:
         if not undecided(trainer) and self._gathering.end(self.pruner, trainer, outputs, batch):
             announce(self.pruner)
+        if self._unchecked and self.pruner.prepared and steps_taken(trainer) > 0:
+            self._unchecked = False
+            self.pruner.check_states(trainer.optimizers)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()

@@ -11,13 +11,15 @@ from lightning_slim.surgery.blocks import drop, dropped, find_blocks, grow_back
 from lightning_slim.surgery.cut import Cut, StructureChange, forget_blocks, remove_units, resize_to, restore
 from lightning_slim.surgery.example import Example
 from lightning_slim.surgery.groups import find_groups, survey
-from lightning_slim.surgery.optimizer import migrate
+from lightning_slim.surgery.optimizer import UnknownState, check_states, migrate
 from lightning_slim.surgery.passing import calls_after
 from lightning_slim.surgery.selecting import selections, set_selections
 from lightning_slim.surgery.sites import Survey
 from lightning_slim.surgery.work import find_work
 
 __all__ = [
+    "UnknownState",
+    "check_states",
     "Cut",
     "Example",
     "StructureChange",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,17 +12,20 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_slim.surgery.cut import Cut
 
+UnknownState = Literal["raise", "reset"]
+
 
 @torch.inference_mode(False)
 def migrate(
     optimizers: Optimizer | Iterable[Optimizer],
     cuts: Sequence[Cut],
-    unknown: Literal["raise", "reset"] = "raise",
+    unknown: UnknownState = "raise",
 ) -> None:
     """Puts the cut parameters in the place of the old ones, with their state cut alike; what is gone is taken out.
 
     No optimizer is told apart by name: a state tensor of its parameter's shape is cut as the parameter is; one whose
-    axes are either full or 1 (Adafactor's factored moments) is cut along its full axes; scalars stay. `param_groups`
+    axes are either full or 1 (Adafactor's factored moments) is cut along its full axes; a flat one of as many entries
+    (Prodigy's) as its parameter; scalars stay. `param_groups`
     are edited in place, so learning-rate schedulers, clipping and gradient scalers go on. LBFGS keeps its history as
     flat vectors: it is reset, with a warning.
 
@@ -59,12 +62,35 @@ def _cut_state(optimizer: Optimizer, state: dict[str, Any], cut: Cut, unknown: s
     new = {key: _follow(value, cut) for key, value in state.items()}
     strange = [key for key, value in new.items() if value is NotImplemented]
     if strange and unknown == "raise":
-        found = {key: tuple(getattr(state[key], "shape", ())) or type(state[key]).__name__ for key in strange}
-        raise ValueError(
-            f"Expected the state of {cut.tensor} in {type(optimizer).__name__} to be scalars or tensors of shape "
-            f'{tuple(cut.old.shape)}, got {found}: pass unknown="reset" to start that state anew.'
-        )
+        raise _strange(optimizer, cut.tensor, cut.old, {key: state[key] for key in strange})
     return {} if strange else new
+
+
+def check_states(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+    """Raises what `migrate` would, before anything is cut.
+
+    Args:
+        optimizers: in which steps were taken, so that there are states.
+        parameters: name -> a parameter that may be cut.
+
+    Raises:
+        ValueError: a state has a shape that is not understood.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in (getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers):
+        for p, state in optimizer.state.items():
+            whole = Cut(names.get(p, ""), p, p, {})
+            strange = {key: value for key, value in state.items() if _follow(value, whole) is NotImplemented}
+            if strange and p in names and not isinstance(optimizer, LBFGS):
+                raise _strange(optimizer, names[p], p, strange)
+
+
+def _strange(optimizer: Optimizer, name: str, parameter: Tensor, states: Mapping[str, Any]) -> ValueError:
+    found = {key: tuple(getattr(value, "shape", ())) or type(value).__name__ for key, value in states.items()}
+    return ValueError(
+        f"Expected the state of {name} in {type(optimizer).__name__} to be scalars or tensors of shape "
+        f'{tuple(parameter.shape)}, got {found}: pass unknown="reset" to start that state anew at each cut.'
+    )
 
 
 def _follow(value: Any, cut: Cut) -> Any:
@@ -76,6 +102,8 @@ def _follow(value: Any, cut: Cut) -> Any:
         return cut.take(value)
     if value.numel() == 1:
         return value
+    if value.ndim == 1 and value.numel() == cut.old.numel():
+        return cut.take(value.view(cut.old.shape)).flatten()
     full = [have == want for have, want in zip(value.shape, cut.old.shape, strict=False)]
     if value.ndim == cut.old.ndim and all(f or n == 1 for f, n in zip(full, value.shape, strict=True)):
         return cut.take(value, [axis for axis in cut.keep if full[axis]])
