@@ -70,11 +70,13 @@ class InputEvidence:
         axis: of the features.
         lags: of `"granger"`: present and past steps of each input, and past steps of the target.
         overlap: of `"granger"`: how many windows hold the same step.
+        difference: of `"granger"`: whether what is tested are first differences, of inputs and of target series.
     """
 
-    def __init__(self, test: Test, axis: int, lags: int, overlap: float) -> None:
-        self.test, self.axis, self.lags, self.overlap = test, axis, lags, overlap
+    def __init__(self, test: Test, axis: int, lags: int, overlap: float, difference: bool = False) -> None:
+        self.test, self.axis, self.lags, self.overlap, self.difference = test, axis, lags, overlap, difference
         self.streamed: Accumulator | None = None
+        self.steps: Float[Tensor, "sums features"] | None = None  # of series: for `unit_roots`
         self.features = 0
 
     def update(self, inputs: Float[Tensor, "items ..."], target: Shaped[Tensor, "items ..."]) -> None:
@@ -106,18 +108,41 @@ class InputEvidence:
     def _update_granger(self, inputs: Tensor, target: Tensor) -> None:
         """A target of the step after each step, or one of the step after the last, whose own past is not given."""
         steps, series = inputs.shape[1], True
+        sums = _dickey_fuller_sums(inputs)
+        self.steps = sums if self.steps is None else self.steps + sums
         if target.ndim == 3 and target.shape[1] != steps:
             target = target.transpose(1, 2)
         if target.ndim < 2 or target.shape[1] != steps:
-            series, inputs = False, inputs[:, -self.lags :]
+            series, inputs = False, inputs[:, -self.lags - self.difference :]
             last = target.reshape(len(target), 1, -1)
             target = torch.cat([last.expand(-1, inputs.shape[1] - 1, -1) * 0, last], 1)
         target = target.reshape(*target.shape[:2], -1)
+        if self.difference:
+            inputs = inputs.diff(dim=1)
+            target = target.diff(dim=1) if series else target[:, 1:]
         if self.streamed is None:
             own_lags = self.lags if series else 0
             design = PanelDesign(self.lags, own_lags, first_lag=0)
             self.streamed = PanelGranger(self.features, target.shape[2], design, device=inputs.device)
         self.streamed.update(inputs, target)
+
+    def unit_roots(self, reduce: Callable[[Tensor, str], Tensor]) -> list[int]:
+        """Inputs that look like random walks, tested as levels for a target without a past: its test is spurious then.
+
+        Dickey and Fuller's (1979) regression of differences on levels, with a constant, of all windows together: a t
+        above -2.86 (their 5 % for many steps), or a root above 0.995, however often windows repeat a step.
+
+        Args:
+            reduce: sums over ranks.
+        """
+        if self.difference or self.steps is None or self._own_lags:
+            return []
+        return dickey_fuller(reduce(self.steps.clone(), "sum").cpu(), self.overlap)
+
+    @property
+    def _own_lags(self) -> int:
+        """Past steps of the target that are taken for granted."""
+        return self.streamed.design.own_lags or 0 if isinstance(self.streamed, PanelGranger) else 0
 
     def sum_over_ranks(self, reduce: Callable[[Tensor, str], Tensor], agree: Callable[[Any], Any]) -> None:
         """Lets every rank know what all of them have seen."""
@@ -156,12 +181,13 @@ class InputEvidence:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data only."""
-        own_lags = self.streamed.design.own_lags if isinstance(self.streamed, PanelGranger) else 0
-        return {"features": self.features, "own_lags": own_lags, "streamed": self.seen.state_dict()}
+        streamed = {"features": self.features, "own_lags": self._own_lags, "streamed": self.seen.state_dict()}
+        return streamed if self.steps is None else {**streamed, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """The inverse of `state_dict`."""
         self.features, tensors = state["features"], state["streamed"]
+        self.steps = state["steps"].to(device) if "steps" in state else None
         if self.test == "granger":
             units, targets = len(tensors["unit_size"]), len(tensors["target_size"])
             self.streamed = PanelGranger(
@@ -170,6 +196,30 @@ class InputEvidence:
         else:
             self.streamed = (Anova if self.test == "anova" else Correlation)(1, 1, device)
         self.streamed.load_state_dict(tensors)
+
+
+def _dickey_fuller_sums(series: Float[Tensor, "items steps features"]) -> Float[Tensor, "sums features"]:
+    """Sums over all pairs of steps: their number, levels, differences, and their products."""
+    levels, changes = series[:, :-1].double(), series.double().diff(dim=1)
+    products = (torch.ones_like(levels), levels, changes, levels * levels, levels * changes, changes * changes)
+    return torch.stack([product.sum((0, 1)) for product in products])
+
+
+def dickey_fuller(sums: Float[Tensor, "sums features"], overlap: float = 1.0) -> list[int]:
+    """The series in which a unit root is not refused, by the sums of their steps.
+
+    Args:
+        sums: number of steps, and sums of levels, differences, squared levels, products and squared differences.
+        overlap: how many windows hold the same step.
+    """
+    number, level, change, level_2, product, change_2 = sums
+    level_2, change_2 = level_2 - level**2 / number, change_2 - change**2 / number
+    slope = (product - level * change / number) / level_2
+    residual = (change_2 - slope**2 * level_2).clamp_min(0) / (number - 2)
+    t = slope / (residual / level_2).sqrt() / overlap**0.5
+    moves = (level_2 > 1e-12 * number) & (change_2 > 0)
+    found = moves & ((t > -2.86) | (slope > -0.005))
+    return [at for at, walks in enumerate(found.tolist()) if walks]
 
 
 class Choice(NamedTuple):

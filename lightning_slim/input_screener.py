@@ -37,6 +37,7 @@ class InputScreener:
         protect: inputs that stay, by name or number.
         names: of the inputs, in their order; their numbers if there are none.
         compensate: `"mean"`: biases take what the removed inputs are on average; `"none"`: nothing does.
+        difference: of series: whether first differences are tested, as levels that wander ask for.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class InputScreener:
         protect: Sequence[int | str],
         names: Sequence[str],
         compensate: Literal["mean", "none"],
+        difference: bool = False,
     ) -> None:
         check_arguments(InputScreener, locals())
         self.model, self.method, self.alpha, self.lags, self.overlap = model, method, alpha, lags, overlap
         self.min_inputs, self.protect, self.names, self.compensate = min_inputs, protect, list(names), compensate
+        self.difference = difference
         self.calls: dict[str, Example] = {}
         self.found: InputUnits | None = None
         self.evidence: InputEvidence | None = None
@@ -106,7 +109,7 @@ class InputScreener:
                 continue
             self.found, axis, self.names = self.agree((found, axis, names))
             self.calls = {name: calls[name] for name in entries}
-            self.evidence = InputEvidence(test, axis, self.lags, self.overlap)
+            self.evidence = InputEvidence(test, axis, self.lags, self.overlap, self.difference)
             break
         else:
             raise errors[0]
@@ -146,6 +149,11 @@ class InputScreener:
     @property
     def _groups(self) -> list[Any]:
         return [] if self.found is None else self.found.groups
+
+    @property
+    def unit_roots(self) -> list[str]:
+        """Names of inputs that look like random walks, of which levels are tested."""
+        return [] if self.evidence is None else [self.names[at] for at in self.evidence.unit_roots(self.reduce)]
 
     # --- cut ---
 
@@ -249,7 +257,7 @@ class InputScreener:
             features = {name: at.cpu() for name, at in state["features"].items()}
             self.found = InputUnits([from_state(group) for group in state["groups"]], features)
             self.names = list(state["names"])
-            self.evidence = InputEvidence(state["test"], state["axis"], self.lags, self.overlap)
+            self.evidence = InputEvidence(state["test"], state["axis"], self.lags, self.overlap, self.difference)
             self.evidence.load_state_dict(state["evidence"], device)
             self._means = {name: sums.to(device) for name, sums in state["means"].items()}
 

@@ -65,6 +65,8 @@ class InputScreening(SlimCallback):
         compensate: `"mean"`: biases take what the removed inputs are on average; `"none"`: nothing does.
         reset_monitors: whether ModelCheckpoint and EarlyStopping begin anew after the cut.
         print_report: whether to save the table of all inputs as `inputs.md` when the fit ends.
+        difference: of series: whether their first differences are tested. Levels that wander, such as prices, correlate
+            though nothing connects them; where some look so and are tested as they are, a warning names them.
     """
 
     workers = ("_screener",)
@@ -84,6 +86,7 @@ class InputScreening(SlimCallback):
         compensate: Literal["mean", "none"] = "mean",
         reset_monitors: bool = True,
         print_report: bool = True,
+        difference: bool = False,
     ) -> None:
         check_arguments(InputScreening, locals())
         if not 0 < alpha < 1:
@@ -99,7 +102,7 @@ class InputScreening(SlimCallback):
         self.alpha, self.method, self.batches, self.lags, self.overlap = alpha, method, batches, lags, overlap
         self.min_inputs, self.protect, self.names = min_inputs, tuple(protect), tuple(names)
         self.inputs, self.target, self.compensate = inputs, target, compensate
-        self.reset_monitors, self.print_report = reset_monitors, print_report
+        self.reset_monitors, self.print_report, self.difference = reset_monitors, print_report, difference
         self._screener: InputScreener | None = None
         self._seen = 0  # batches
         self._calls: dict[str, Example] = {}
@@ -138,6 +141,7 @@ class InputScreening(SlimCallback):
                 protect=self.protect,
                 names=self.names,
                 compensate=self.compensate,
+                difference=self.difference,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,6 +208,13 @@ class InputScreening(SlimCallback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.about_to_change(trainer, pl_module)
+        if walks := self.screener.unit_roots:
+            rank_zero_warn(
+                f"{len(walks)} of {len(self.screener.names)} inputs look like random walks (no unit root is refused: "
+                f"{', '.join(walks[:5])}{', ...' if len(walks) > 5 else ''}). Unless every window is of a series of its "
+                "own, the test finds such levels significant though nothing connects them with the target: choose by "
+                "`InputScreening(difference=True)`, or feed the network stationary series, such as differences."
+            )
         with all_or_nothing(*all_that_changes(trainer, pl_module)):
             event = self.screener.step(trainer.optimizers, copies(trainer), trainer.global_step)
             change = self.screener.last_change
@@ -229,7 +240,7 @@ class InputScreening(SlimCallback):
 
 def _reduce(strategy: Any, value: Tensor, how: str) -> Tensor:
     """The sum, or the largest, of all ranks."""
-    reduced: Tensor = strategy.reduce(value, reduce_op=how)
+    reduced: Tensor = strategy.reduce(value.clone(), reduce_op=how)  # in place
     return reduced
 
 

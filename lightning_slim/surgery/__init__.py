@@ -18,14 +18,14 @@ from lightning_slim.surgery.sites import Survey
 from lightning_slim.surgery.work import find_work
 
 __all__ = [
-    "UnknownState",
-    "check_states",
     "Cut",
     "Example",
     "StructureChange",
     "Survey",
+    "UnknownState",
     "begin_recalibrating",
     "calls_after",
+    "check_states",
     "drop",
     "dropped",
     "end_recalibrating",
