@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
 from lightning_slim.costs import Product
+from lightning_slim.ranks import Decide
 from lightning_slim.scores import Score
 from lightning_slim.skipping import Skip, skips
 from lightning_slim.surgery import Example, find_blocks
@@ -72,22 +73,20 @@ class Candidates(NamedTuple):
     products: Mapping[str, Sequence[Product]] = MappingProxyType({})
 
 
-def find_candidates(
-    model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]
-) -> Candidates:
+def find_candidates(model: nn.Module, calls: Mapping[str, Example], wish: Wish, decide: Decide) -> Candidates:
     """Finds what can be removed and may be.
 
     Args:
         model: the module that will be cut.
         calls: its networks, each with one call.
         wish: what a user allows to go.
-        agree: with several processes, what rank 0 says.
+        decide: with several processes, what rank 0 comes to.
     """
-    found = agree(survey_networks(model, calls, wish.waits_for(model)))
-    units = _find_units(model, calls, wish, agree, found) if wish.granularity != "layers" else Candidates([], {})
+    found = decide(lambda: survey_networks(model, calls, wish.waits_for(model)))
+    units = _find_units(model, calls, wish, decide, found) if wish.granularity != "layers" else Candidates([], {})
     shipped = {name: call for name, call in calls.items() if name not in found.teachers}
     blocks = (
-        _find_blocks(model, Calls(shipped, step_of(calls)), wish, agree)
+        _find_blocks(model, Calls(shipped, step_of(calls)), wish, decide)
         if wish.granularity != "units"
         else Candidates([], {})
     )
@@ -96,7 +95,7 @@ def find_candidates(
 
 
 def _find_units(
-    model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any], found: Survey
+    model: nn.Module, calls: Mapping[str, Example], wish: Wish, decide: Decide, found: Survey
 ) -> Candidates:
     reasons = {group.name: why for group in found.groups if (why := _unwanted_units(model, group, wish))}
     groups = [group for group in found.groups if group.name not in reasons]
@@ -104,8 +103,12 @@ def _find_units(
     reasons |= dict.fromkeys((group.name for group in groups if group.pack in broken), PACK)
     groups = [group for group in groups if group.pack not in broken]
     if wish.verify:
-        unfit = vet(model, groups, calls)
-        unfit, packs = agree((unfit, pack_up(model, groups, unfit, calls)))
+
+        def tried() -> tuple[dict[str, str], dict[str, str]]:
+            unfit = vet(model, groups, calls)
+            return unfit, pack_up(model, groups, unfit, calls)
+
+        unfit, packs = decide(tried)
         reasons |= {name: reason for name, reason in unfit.items() if name not in packs}
         groups = [
             replace(group, pack=packs.get(group.name, group.pack))
@@ -115,13 +118,14 @@ def _find_units(
     return Candidates(groups, found.left_whole | reasons)
 
 
-def _find_blocks(model: nn.Module, calls: Mapping[str, Example], wish: Wish, agree: Callable[[Any], Any]) -> Candidates:
-    found: dict[str, UnitGroup] = {}
-    for root, call in calls.items():
-        groups = find_blocks(model.get_submodule(root), call, f"{root}." if root else "")
-        found.update((group.name, group) for group in groups)
-    found = agree(found)
-    unfit = agree(vet_blocks(model, list(found.values()), calls)) if wish.verify else {}
+def _find_blocks(model: nn.Module, calls: Mapping[str, Example], wish: Wish, decide: Decide) -> Candidates:
+    def found_by_calls() -> dict[str, UnitGroup]:
+        names = {root: f"{root}." if root else "" for root in calls}
+        groups = [find_blocks(model.get_submodule(root), call, names[root]) for root, call in calls.items()]
+        return {group.name: group for of_call in groups for group in of_call}
+
+    found: dict[str, UnitGroup] = decide(found_by_calls)
+    unfit: dict[str, str] = decide(lambda: vet_blocks(model, list(found.values()), calls)) if wish.verify else {}
     unfit |= {path: why for group in found.values() for path in group.blocks if (why := _unwanted(model, path, wish))}
     left = (replace(g, blocks=tuple(path for path in g.blocks if path not in unfit)) for g in found.values())
     return Candidates([group for group in left if group.blocks], unfit)

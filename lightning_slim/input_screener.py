@@ -15,7 +15,7 @@ from lightning_slim.arguments import check_arguments
 from lightning_slim.eager import hooked
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import InputEvidence, Method, choose, test_for
-from lightning_slim.ranks import Agree, alone
+from lightning_slim.ranks import Agree, Gather, alone, only
 from lightning_slim.surgery import Example, StructureChange, migrate, remove_units
 from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.inputs import InputError, InputUnits, find_entries, find_inputs
@@ -64,6 +64,7 @@ class InputScreener:
         self.last_change: StructureChange | None = None
         self.agree: Agree = alone  # several processes: what rank 0 says
         self.reduce: Callable[[Tensor, str], Tensor] = alone  # several processes: their "sum", "max"
+        self.gather: Gather = only  # several processes: what every rank says
         self._means: dict[str, Tensor] = {}  # layer -> sums of its columns, and at the end the number of rows
 
     # --- look ---
@@ -189,7 +190,9 @@ class InputScreener:
         global_step: int,
     ) -> ScreeningEvent:
         evidence.sum_over_ranks(self.reduce, self.agree)
-        self._means = {name: self.reduce(sums, "sum").cpu() for name, sums in sorted(self._means.items())}
+        every = self.gather({name: len(sums) for name, sums in self._means.items()})
+        sizes = {name: size for of_rank in every for name, size in of_rank.items()}
+        self._means = {name: self._sum(name, size) for name, size in sorted(sizes.items())}
         stays = _positions(self.protect, self.names) | ~found.read(len(self.names))
         read = [at[at >= 0] for at in found.features.values() if bool((at >= 0).all())]
         test = evidence.result()
@@ -210,6 +213,11 @@ class InputScreener:
         )
         self.evidence, self._means, self.calls = None, {}, {}
         return self.event
+
+    def _sum(self, name: str, size: int) -> Tensor:
+        """Sums of the columns of a layer over all ranks, of which some may not have passed there."""
+        nothing = torch.zeros(size, dtype=torch.float64, device=next(self.model.parameters()).device)
+        return self.reduce(self._means.get(name, nothing), "sum").cpu()
 
     def _cut(self, plan: Plan, optimizers: list[Optimizer], models: list[nn.Module]) -> None:
         for model in models if self.compensate == "mean" else ():

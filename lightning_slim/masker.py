@@ -208,9 +208,14 @@ class Masker:
             if wrong and name not in self._unfit:
                 warnings.warn(f"{name}, which trains by now, stays dense: {wrong}.", stacklevel=2)
                 self._unfit.add(name)
-        settled = {name: mask for name, mask in self.masks.items() if name in self._settled}
-        fit = {name: weight for name, weight in weights.items() if name not in self._unfit}
-        self.masks = {**settled, **{name: torch.ones_like(w, dtype=torch.bool) for name, w in fit.items()}}
+        settled = [name for name in self.masks if name in self._settled]
+        self._mask_these([*settled, *(name for name in weights if name not in self._unfit)])
+
+    def _mask_these(self, names: Iterable[str]) -> None:
+        """Masks these weights and no others; what is known of those that were masked before stays."""
+        weights = {name: self.model.get_parameter(name) for name in names}
+        ones = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items() if name not in self.masks}
+        self.masks = {name: ones[name] if name in ones else self.masks[name] for name in weights}
         self._name()
         heard = self._inputs.told if self._inputs is not None else {}
         self._inputs = self._listen()
@@ -218,8 +223,14 @@ class Masker:
             self._inputs.told |= {name: told for name, told in heard.items() if name in self._inputs.told}
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """From now on gradients are masked, and weights are zeroed after each step of these optimizers."""
+        """From now on gradients are masked, and weights are zeroed after each step of these optimizers.
+
+        With several processes, it is the weights that rank 0 found: the loss of others may pass elsewhere.
+        """
         self.detach()
+        names, self.last = self.agree((list(self.masks), self.last))
+        if names != list(self.masks):
+            self._mask_these(names)
         self._attached, self._settled, self._hooked = True, set(self.masks), set()
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
         for name, weight in self.weights.items():

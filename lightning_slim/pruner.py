@@ -26,7 +26,7 @@ from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.latency import LEVELS, best_steps, check_device, measure, steps_of_table
 from lightning_slim.patches import with_patches
-from lightning_slim.ranks import Agree, alone
+from lightning_slim.ranks import Agree, Gather, alone, only, together
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
 from lightning_slim.scores import Combined, Evidence, Score, UnitScores
@@ -176,8 +176,8 @@ class Pruner:
         self._inputs: dict[str, Shapes] = {}  # of the tensors in these calls, before anything was cut
         self._teachers: dict[str, float] = {}  # frozen networks that are not shipped -> a checksum of their weights
         self.agree: Agree = alone  # several processes: what rank 0 says
+        self.gather: Gather = only  # several processes: what every rank says
         self.average: Callable[[Tensor], Tensor] = alone  # several processes: the mean over ranks
-        self.ranks = 1  # how many processes
         self.leads = True  # whether this one measures for all
         self._original_index: dict[str, Tensor] = {}  # group -> original numbers of the units that are there now
         self._original_shapes: dict[str, list[int]] = {}
@@ -209,7 +209,7 @@ class Pruner:
     def _prepare(self, networks: Mapping[str, Any]) -> None:
         calls = workable_calls(self.model, networks)
         wish = Wish(self.witnessed, self.granularity, self.module, self.skip, self.verify)
-        found = find_candidates(self.model, calls, wish, self.agree)
+        found = find_candidates(self.model, calls, wish, self._decide)
         groups, teachers = found.groups, found.teachers
         self.left_whole, self.unreached = found.left_whole, found.unreached
         if not groups:
@@ -222,7 +222,7 @@ class Pruner:
             )
         if self.compensate == "exact":
             groups = [with_patches(self.model, group) for group in groups]
-        work = find_work(self.model, calls, teachers)
+        work = together(self.gather, lambda: find_work(self.model, calls, teachers))
         costs = Costs.of(self.model, groups, work, teachers, found.products)
         costs = self.selection.bounded(costs, self.model, groups)
         shipped = {name: as_example(call) for name, call in networks.items() if name not in teachers}
@@ -372,11 +372,9 @@ class Pruner:
     def _step(
         self, progress: float, optimizers: list[Optimizer], copies: list[nn.Module], global_step: int, asked: float
     ) -> PruningEvent | None:
-        self.refuse_moving_teachers()
-        self.recorder.synchronise(self.average, self.agree, self.ranks)
-        self._warn_of_short_series()
-        scores = self._score()
-        plan = self.agree(self._plan(asked, scores))
+        self.recorder.synchronise(self.average, self.gather)
+        scores, plan = together(self.gather, lambda: self._proposed(asked))
+        plan = self.agree(plan)
         if not plan.removed:
             if self.schedule(progress) == 1 and not self.open_ended:
                 warnings.warn(
@@ -387,20 +385,44 @@ class Pruner:
                 )
             return None
         models = [self.model, *copies]
-        unfold = [*fold_plan(models, self.groups, plan, self.recorder.moments, self.compensate)]
-        wrong = self.agree(compare(self.model, self.groups, plan, self.calls)) if self.verify and self.calls else ""
+        unfold: list[Callable[[], None]] = []
+
+        def folded() -> str:
+            unfold.extend(fold_plan(models, self.groups, plan, self.recorder.moments, self.compensate))
+            return compare(self.model, self.groups, plan, self.calls) if self.verify and self.calls else ""
+
+        wrong = self._decide(folded)
         if wrong:
             for put_back in reversed(unfold):
                 put_back()
             self._give_up(plan, wrong)
             return None
-        fold_iterates(optimizers, self.model, self.groups, plan, self.recorder.moments, self.compensate)
-        cuts = [remove_units(model, self.groups, plan) for model in models]
-        migrate(optimizers, cuts[0], self.unknown)
+
+        def cut() -> None:
+            fold_iterates(optimizers, self.model, self.groups, plan, self.recorder.moments, self.compensate)
+            cuts = [remove_units(model, self.groups, plan) for model in models]
+            migrate(optimizers, cuts[0], self.unknown)
+
+        together(self.gather, cut)
         for model in models:
             forget_blocks(model)
         remember_cut(self.model, self.cut_tensors)
         return self._remember(progress, asked, global_step, plan, scores)
+
+    def _proposed(self, asked: float) -> tuple[dict[str, UnitScores], Plan]:
+        self.refuse_moving_teachers()
+        self._warn_of_short_series()
+        scores = self._score()
+        return scores, self._plan(asked, scores)
+
+    def _decide(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 comes to, if no rank fails."""
+        return self.agree(together(self.gather, work))
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that is wanted was recorded on some rank; all ranks must ask."""
+        return not set.intersection(*self.gather(self.recorder.lacking))
 
     def check_states(self, optimizers: Iterable[Optimizer]) -> None:
         """Says before the first cut if an optimizer, in which a step was taken, has a state that cannot be cut.
@@ -562,8 +584,8 @@ class Pruner:
 
     def _give_up(self, plan: Plan, reason: str) -> None:
         """Leaves those groups of a plan whole that cannot be cut alone."""
-        alone = self.agree(
-            {name: compare(self.model, self.groups, {name: keep}, self.calls) for name, keep in plan.items()}
+        alone = self._decide(
+            lambda: {name: compare(self.model, self.groups, {name: keep}, self.calls) for name, keep in plan.items()}
         )
         culprits = {name: why for name, why in alone.items() if why} or dict.fromkeys(plan, reason)
         packs = {group.pack: culprits[group.name] for group in self.groups if group.pack and group.name in culprits}

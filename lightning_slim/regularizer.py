@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_slim.arguments import check_arguments
 from lightning_slim.candidates import Wish, find_candidates
 from lightning_slim.penalties import Penalty, Proximal
-from lightning_slim.ranks import Agree, alone
+from lightning_slim.ranks import Decide
 from lightning_slim.scores import Magnitude
 from lightning_slim.skipping import Skip, check_module, check_skip
 from lightning_slim.surgery import StructureChange
@@ -68,7 +68,7 @@ class Regularizer:
         self.prepared = False  # whether the groups are known
         self.groups: list[UnitGroup] = []
         self.left_alone: dict[str, str] = {}
-        self.agree: Agree = alone  # several processes: what rank 0 says
+        self.decide: Decide = lambda work: work()  # several processes: what rank 0 comes to
         self._where: dict[str, list[Span]] = {}  # group -> where the entries are that the penalty pulls
         self._start: dict[str, Tensor] = {}  # group -> norms of the units that are there now, as they were then
 
@@ -95,7 +95,7 @@ class Regularizer:
             ValueError: there is nothing to pull, though nothing is skipped.
         """
         calls = workable_calls(self.model, networks)
-        found, self.left_alone, *_ = find_candidates(self.model, calls, self.wish, self.agree)
+        found, self.left_alone, *_ = find_candidates(self.model, calls, self.wish, self.decide)
         self._pull(found)
         self.prepared = True
         if not self.groups and SKIPPED not in self.left_alone.values():

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "selection": {"budgets", "costs", "isomorphism", "skipping", "units"},
     "patches": {"units"},
     "latency": {"costs", "profile", "surgery", "units", "weight_norm"},
-    "recording": {"aside", "eager", "patches", "statistics", "surgery", "units", "witness"},
+    "recording": {"aside", "eager", "patches", "ranks", "statistics", "surgery", "units", "witness"},
     "surgery": {"aside", "costs", "eager", "profile", "units", "weight_norm"},
     "capture": {"eager", "surgery"},
     "folding": {"statistics", "surgery", "units"},
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "input_screener": {"eager", "history", "input_evidence", "ranks", "surgery", "transaction", "units"},
     "masks": {"flows", "scores", "skipping", "statistics", "weight_norm", "witness"},
     "masker": {"history", "masks", "ranks", "recording", "schedules", "skipping", "surgery", "transaction", "units"},
-    "candidates": {"costs", "scores", "skipping", "surgery", "units"},
+    "candidates": {"costs", "ranks", "scores", "skipping", "surgery", "units"},
     "evidence": {"recording", "scores", "statistics", "surgery", "units", "weight_norm", "witness"},
     "pruner": {
         "budgets", "candidates", "checkpoint", "costs", "evidence", "folding", "guards", "history",
@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "callbacks": {
         "accuracy", "budgets", "candidates", "capture", "checkpoint", "eager", "explore", "flows",
         "folding", "guards", "history", "input_evidence", "input_screener", "losses", "masker", "masks",
-        "monitor", "penalties", "pruner", "recording", "regularizer", "report", "schedules", "scores",
+        "monitor", "penalties", "pruner", "ranks", "recording", "regularizer", "report", "schedules", "scores",
         "selection", "sensitivity", "skipping", "surgery", "transaction", "units", "weight_norm",
     },
     "cli": {"callbacks"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,7 +161,7 @@ def test_ranks_agree_on_all_effects() -> None:
     network(x).sum().backward()
     recorder.observe_gradients()
     saliency, information = recorder.mean("saliency", "0"), recorder.mean("information", "0")
-    recorder.synchronise(lambda value: 2 * value, lambda value: value)
+    recorder.synchronise(lambda value: 2 * value)
     torch.testing.assert_close(recorder.mean("saliency", "0"), 2 * saliency)
     torch.testing.assert_close(recorder.mean("information", "0"), 2 * information)
 
@@ -183,9 +185,14 @@ def test_ranks_that_saw_different_levels_agree_on_the_moments_of_all_rows() -> N
         return (mine + far_sums.pop(0)) / 2
 
     far_sums: list[torch.Tensor] = []
-    one.synchronise(average, lambda value: value)
+    one.synchronise(average)
     expected = both.moments["0"][0].covariance
     torch.testing.assert_close(one.moments["0"][0].covariance, expected, rtol=1e-5, atol=1e-5)
+
+
+def said_by(ranks: int, value: Any) -> list[Any]:
+    """So many ranks say the same."""
+    return [value] * ranks
 
 
 def test_p_values_count_the_rows_of_all_ranks() -> None:
@@ -202,7 +209,7 @@ def test_p_values_count_the_rows_of_all_ranks() -> None:
             with pruner.recording():
                 network(x)
             pruner.recorder.hear(labels=y)
-        pruner.recorder.synchronise(lambda value: value, lambda value: value, ranks)
+        pruner.recorder.synchronise(lambda value: value, partial(said_by, ranks))
         evidence = pruner._evidence(pruner.groups[0])
         found.append([Screening()(evidence).log_p, Granger()(evidence).log_p])
     torch.testing.assert_close(found[0][0], found[1][0])

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_slim.eager import forget_compiled
+from lightning_slim.ranks import together
 from lightning_slim.surgery import StructureChange
 from lightning_slim.transaction import is_ours
 
@@ -89,11 +90,25 @@ def wrap_again(strategy: Any, pl_module: LightningModule) -> None:
         strategy._pl_static_graph_delay_done = False
 
 
+def gathered(strategy: Any, value: Any) -> list[Any]:
+    """What every rank says, in order; all must ask."""
+    if not is_ddp(strategy):
+        return [value]
+    told: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, value)
+    return told
+
+
+def decided(strategy: Any, work: Callable[[], Any]) -> Any:
+    """What rank 0 comes to, if no rank fails."""
+    return strategy.broadcast(together(partial(gathered, strategy), work), src=0)
+
+
 def agree_on_shapes(strategy: Any, module: nn.Module) -> None:
-    """Raises a RuntimeError if a rank has other shapes than rank 0."""
+    """Raises a RuntimeError, on all ranks, if some have other shapes than others."""
     shapes = [tuple(tensor.shape) for tensor in module.state_dict().values() if isinstance(tensor, torch.Tensor)]
-    if strategy.broadcast(shapes, src=0) != shapes:
-        raise RuntimeError("Expected the same shapes on every rank after a cut, got others than on rank 0.")
+    if any(told != shapes for told in gathered(strategy, shapes)):
+        raise RuntimeError("Expected the same shapes on every rank after a cut, got others on some.")
 
 
 def reset_monitors(trainer: Trainer) -> None:

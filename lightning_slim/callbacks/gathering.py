@@ -13,6 +13,7 @@ from lightning_slim.callbacks.looking import looked_at, validated
 from lightning_slim.callbacks.step_watch import StepWatch
 from lightning_slim.capture import capture_calls
 from lightning_slim.pruner import Pruner
+from lightning_slim.ranks import together
 from lightning_slim.surgery import Example
 from lightning_slim.surgery.example import Calls
 
@@ -98,17 +99,21 @@ class Gathering:
                 "what is computed of parameters alone, or by scripted modules, cannot be watched. Call the network, "
                 "as in `self.net(x)`."
             )
-        if looked and pruner.agree(bool(calls.keys() - pruner.networks) or self._arrivals.any):
+        if looked and any(pruner.gather(bool(calls.keys() - pruner.networks) or self._arrivals.any)):
             # The first batch, or one that goes a way that none went before.
-            self._seen = looked_at(module, calls, batch, self._batch_idx, self._seen)
-            if self._validation is not None:
-                validation, self._validation = self._validation, None
-                self._seen = validated(module, validation[1], validation[0], self._seen)
+            self._seen = together(pruner.gather, lambda: self._look(module, calls, batch))
             return self._prepare(pruner, self._seen)
         if pruner.prepared and not pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
             pruner.meet(looked_at(module, calls, batch, self._batch_idx))
             self._arrivals.wait(pruner)
         return False
+
+    def _look(self, module: LightningModule, calls: dict[str, Example], batch: Any) -> Calls:
+        seen = looked_at(module, calls, batch, self._batch_idx, self._seen)
+        if self._validation is not None:
+            validation, self._validation = self._validation, None
+            seen = validated(module, validation[1], validation[0], seen)
+        return seen
 
     def _prepare(self, pruner: Pruner, seen: Calls) -> bool:
         """Finds what can be removed; whether anything can, by what was seen so far."""

@@ -23,6 +23,7 @@ from lightning_slim.callbacks.companions import (
     all_that_changes,
     copies,
     follow,
+    gathered,
     reset_monitors,
     tell,
 )
@@ -153,6 +154,7 @@ class InputScreening(SlimCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.screener.agree = partial(trainer.strategy.broadcast, src=0)
+        self.screener.gather = partial(gathered, trainer.strategy)
         self.screener.reduce = partial(_reduce, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,9 +213,9 @@ class InputScreening(SlimCallback):
         if walks := self.screener.unit_roots:
             rank_zero_warn(
                 f"{len(walks)} of {len(self.screener.names)} inputs look like random walks (no unit root is refused: "
-                f"{', '.join(walks[:5])}{', ...' if len(walks) > 5 else ''}). Unless every window is of a series of its "
-                "own, the test finds such levels significant though nothing connects them with the target: choose by "
-                "`InputScreening(difference=True)`, or feed the network stationary series, such as differences."
+                f"{', '.join(walks[:5])}{', ...' if len(walks) > 5 else ''}). Unless every window is of a series of "
+                "its own, the test finds such levels significant though nothing connects them with the target: choose "
+                "by `InputScreening(difference=True)`, or feed the network stationary series, such as differences."
             )
         with all_or_nothing(*all_that_changes(trainer, pl_module)):
             event = self.screener.step(trainer.optimizers, copies(trainer), trainer.global_step)

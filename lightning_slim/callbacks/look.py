@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_slim.callbacks.companions import gathered
 from lightning_slim.callbacks.gathering import Gathering
 from lightning_slim.pruner import Pruner
 from lightning_slim.surgery import begin_recalibrating, end_recalibrating
@@ -42,6 +43,7 @@ class Look(Callback):
         """Forgets all that was seen."""
         self._pruner = self._make(pl_module)
         self._pruner.agree = partial(trainer.strategy.broadcast, src=0)
+        self._pruner.gather = partial(gathered, trainer.strategy)
         self._gathering.begin_anew()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,6 +27,7 @@ from lightning_slim.callbacks.companions import (
     average_again,
     copies,
     follow,
+    gathered,
     reset_monitors,
     tell,
     undecided,
@@ -253,7 +254,8 @@ class Prune(SlimCallback):
         self.pruner.budget = self._counted
         self.pruner.agree = partial(trainer.strategy.broadcast, src=0)
         self.pruner.average = partial(trainer.strategy.reduce, reduce_op="mean")
-        self.pruner.ranks, self.pruner.leads = trainer.world_size, trainer.is_global_zero
+        self.pruner.gather = partial(gathered, trainer.strategy)
+        self.pruner.leads = trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._momenta |= pause_momentum(pl_module, self._momenta)  # resumed in the epoch of a cut
@@ -404,7 +406,7 @@ class Prune(SlimCallback):
                 raise self._gathering.refused
             return
         waits = self._recovers(trainer) and (self.pruner.schedule(progress) < 1 or self._has_time(trainer))
-        if self.pruner.asks(progress) and (waits or not self.pruner.recorder.ready):
+        if self.pruner.asks(progress) and (waits or not self.pruner.ready):
             return  # it will be, in a few batches
         self._cut(trainer, pl_module, progress)
         self._point = point
@@ -450,8 +452,8 @@ class Prune(SlimCallback):
             return
         self.pruner.schedule = self._clock.follow(self.schedule, trainer)
         begun = epoch + 1e-9 >= float(self.pruner.schedule.start) * run
-        ready = self.pruner.prepared and self.pruner.recorder.ready and not self._recovers(trainer)
-        if begun and guard.free(run - epoch) and ready:
+        may = begun and guard.free(run - epoch) and self.pruner.prepared and not self._recovers(trainer)
+        if may and self.pruner.ready:
             with all_or_nothing(*all_that_changes(trainer, pl_module)):
                 before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
                 event = self._cut(trainer, pl_module, epoch / run, guard.search.target)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_slim.arguments import check_arguments
 from lightning_slim.callbacks.base import SlimCallback
 from lightning_slim.callbacks.clock import epochs_done, epochs_in_run, in_fractions, is_certain
-from lightning_slim.callbacks.companions import undecided
+from lightning_slim.callbacks.companions import decided, undecided
 from lightning_slim.callbacks.looking import looked_at
 from lightning_slim.capture import capture_calls
 from lightning_slim.penalties import Penalty
@@ -104,7 +104,7 @@ class SparsityRegularization(SlimCallback):
             self.regularizer.confine(self.module, self.skip)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self.regularizer.agree = partial(trainer.strategy.broadcast, src=0)
+        self.regularizer.decide = partial(decided, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_certain(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lightning_slim.eager import hooked
 from lightning_slim.patches import patches
+from lightning_slim.ranks import Gather, only
 from lightning_slim.recording.experiments import Losses, ablate, gate
 from lightning_slim.recording.hooks import Watch, WatchBlocks, WatchRecurrent
 from lightning_slim.recording.rows import items_at, rows_at
-from lightning_slim.statistics import JointMoments, Moments, Pivoted, thinned
+from lightning_slim.statistics import Accumulator, JointMoments, Moments, Pivoted, thinned
 from lightning_slim.surgery.layers.multihead import module_by_module
 from lightning_slim.units import Reader, UnitGroup, gradients, parameters_of, rows
 from lightning_slim.witness import Gathered, Known, Witness
@@ -42,6 +43,9 @@ class _Held(NamedTuple):
     group: str
     slot: int
     units: Tensor
+
+
+_Key = tuple[str, str, int]  # what is streamed, of which group, at which of its readers
 
 
 class Recorder:
@@ -106,20 +110,17 @@ class Recorder:
     @property
     def ready(self) -> bool:
         """Whether anything that is wanted was recorded."""
-        seen = all(m is not None for group in self.moments.values() for m in group)
-        told = all(
-            gathered is not None and witness.enough(gathered)
-            for witness, of_groups in self.gathered.items()
-            for group in of_groups.values()
-            for gathered in group
-        )
-        tried = not self.wants_gates or self.gates.keys() == self.moments.keys()
-        return (
-            (seen or not self.wants_moments)
-            and told
-            and tried
-            and all(of_groups.keys() == self.moments.keys() for of_groups in self.effects.values())
-        )
+        return not self.lacking
+
+    @property
+    def lacking(self) -> set[tuple[str, str, int]]:
+        """What is wanted and was not recorded yet: what, of which group, at which of its readers."""
+        lacks = {key for key, stream in self._slots().items() if stream is None}
+        for i, (witness, of_groups) in enumerate(self.gathered.items()):
+            few = [(n, at) for n, g in of_groups.items() for at, s in enumerate(g) if s and not witness.enough(s)]
+            lacks |= {(f"witness {i}", name, at) for name, at in few}
+        wanted = {effect: self.moments.keys() - of_groups.keys() for effect, of_groups in self.effects.items()}
+        return lacks | {(effect, name, 0) for effect, names in wanted.items() for name in names}
 
     @property
     def past(self) -> int:
@@ -262,28 +263,69 @@ class Recorder:
         for group in self.groups:
             self._observe("flow", group.name, self._of_weights(group).sum(1))
 
-    def synchronise(self, average: Callable[[Tensor], Tensor], agree: Callable[[Any], Any], ranks: int = 1) -> None:
+    def synchronise(self, average: Callable[[Tensor], Tensor], gather: Gather = only) -> None:
         """Lets every rank know what all of them recorded: sums become their mean over ranks, its share of them.
+
+        A rank that recorded nothing of a group, as its batches did not pass there, takes part with nothing.
 
         Args:
             average: the mean of a tensor over ranks.
-            agree: what rank 0 says.
-            ranks: how many there are.
+            gather: what every rank says.
 
         Raises:
-            ValueError: ranks saw different numbers of classes or targets.
+            ValueError: ranks saw different numbers of classes, targets or steps; on all of them.
         """
-        self.ranks = ranks
-        for of_groups in self.effects.values():
-            of_groups.update({name: average(value) for name, value in of_groups.items()})
-        for stream in self._streams():
-            shapes = {name: list(tensor.shape) for name, tensor in stream.state_dict().items()}
-            if shapes != agree(shapes):
-                raise ValueError(f"Expected the same shapes on all ranks, got {shapes}: some saw fewer classes.")
+        kinds = gather({key: _shapes(stream) for key, stream in self._slots().items() if stream is not None})
+        self.ranks = len(kinds)
+        for key in sorted(set[_Key]().union(*kinds)):
+            if len({repr(kind[key]) for kind in kinds if key in kind}) > 1:
+                raise ValueError(
+                    f"Expected the same shapes on all ranks, got {[kind.get(key) for kind in kinds]} at {key[1]}: some "
+                    "saw fewer classes, or shorter series. Let all ranks see batches of one kind."
+                )
+            owner = next(rank for rank, kind in enumerate(kinds) if key in kind)
+            if not all(key in kind for kind in kinds):
+                self._take_part(key, gather(self._slots()[key])[owner])
+        self._average_effects(average, gather)
+        for _, stream in sorted(self._slots().items(), key=lambda item: item[0]):
+            if stream is None:
+                continue
             if isinstance(stream, Pivoted):
                 stream.move_pivots({name: average(pivot) for name, pivot in stream.pivots.items()})
             for sums in stream.sums.values():
                 sums.copy_(average(sums))
+
+    def _average_effects(self, average: Callable[[Tensor], Tensor], gather: Gather) -> None:
+        sizes = gather({effect: {name: len(value) for name, value in g.items()} for effect, g in self.effects.items()})
+        steps = gather(self.steps)
+        for effect, of_groups in self.effects.items():
+            units = {name: number for of_rank in sizes for name, number in of_rank[effect].items()}
+            for name, number in sorted(units.items()):
+                of_groups[name] = average(of_groups.get(name, torch.zeros(number, device=self._device)))
+                self.steps[effect][name] = sum(of_rank[effect].get(name, 0.0) for of_rank in steps) / len(steps)
+
+    def _take_part(self, key: _Key, example: Any) -> None:
+        """Begins a stream, of nothing, that another rank has."""
+        what, group, at = key
+        if self._slots()[key] is not None:
+            return
+        for stream in (example, *vars(example).values()):
+            if isinstance(stream, Accumulator):
+                for name, tensor in stream.state_dict().items():
+                    setattr(stream, name, tensor.to(self._device))
+                stream.device = self._device
+        for sums in example.sums.values():
+            sums.zero_()
+        if what == "gates":
+            self.gates[group] = example
+        else:
+            held: Any = self.moments if what == "moments" else list(self.gathered.values())[int(what.split()[1])]
+            held[group][at] = example
+
+    @property
+    def _device(self) -> torch.device:
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "mps" else device
 
     def mean(self, effect: Effect, group: str) -> Float[Tensor, "units"]:
         """An effect of each unit of a group: mean over recorded steps, recent ones weighing more."""
@@ -362,9 +404,15 @@ class Recorder:
 
     def _streams(self) -> list[Gathered]:
         """All streaming statistics that there are."""
-        by_reader: list[dict[str, list[Any]]] = [self.moments, *self.gathered.values()]
-        at_readers = [seen for of_groups in by_reader for group in of_groups.values() for seen in group]
-        return [*(seen for seen in at_readers if seen is not None), *self.gates.values()]
+        return [stream for stream in self._slots().values() if stream is not None]
+
+    def _slots(self) -> dict[_Key, Any]:
+        """All streaming statistics that are wanted; None where there is none yet."""
+        kinds: dict[str, Mapping[str, list[Any]]] = {"moments": self.moments if self.wants_moments else {}}
+        kinds |= {f"witness {i}": of_groups for i, of_groups in enumerate(self.gathered.values())}
+        slots = {(w, n, at): s for w, g in kinds.items() for n, seen in g.items() for at, s in enumerate(seen)}
+        gates = self.moments if self.wants_gates else ()
+        return slots | {("gates", name, 0): self.gates.get(name) for name in gates}
 
     def enough(self, reader: Reader) -> int:
         """Rows of one batch that the moments at a reader need."""
@@ -425,3 +473,7 @@ def _loaded(blank: Any, state: Mapping[str, Tensor] | None) -> Any:
 def _columns(keep: Bool[Tensor, "units"], columns: int) -> Int[Tensor, "kept"]:
     """The columns of the units that stay."""
     return keep.repeat_interleave(columns // len(keep)).nonzero().flatten()
+
+
+def _shapes(stream: Gathered) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in stream.state_dict().items()}
