@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_slim.payload import PayloadError, is_dense, opened, sealed
 from lightning_slim.surgery import drop, dropped, forget_blocks, grow_back, resize_to, selections, set_selections
 from lightning_slim.units import named_tensors
 
 KEY = "lightning_slim"
 VERSION = 1
 MEMORY = "_slim_cut_tensors"  # on a layer: names of its tensors that were ever cut
+
+UNSIGNED: Mapping[str, Any] = {"tensors": [], "dropped": {}}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,13 +39,17 @@ def remember_cut(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def sign(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Writes into a checkpoint what was cut, dropped and selected; shapes stand in its state dict."""
-    checkpoint[KEY] = {
-        "version": VERSION,
-        "tensors": sorted(cut_tensors(model)),
-        "dropped": dropped(model),
-        "selected": selections(model),
-    }
+    """Writes into a checkpoint what was cut, dropped and selected, and what shapes its state dict has there."""
+    names, state = sorted(cut_tensors(model)), checkpoint["state_dict"]
+    checkpoint[KEY] = sealed(
+        {
+            "version": VERSION,
+            "tensors": names,
+            "shapes": {name: list(state[name].shape) for name in names if name in state},
+            "dropped": dropped(model),
+            "selected": selections(model),
+        }
+    )
 
 
 def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = False) -> None:
@@ -58,22 +65,40 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = Fals
             differs in size but not in its number of axes.
 
     Raises:
-        ValueError: the checkpoint was written by a later version.
+        ValueError: the checkpoint was written by a later version, or of another model, or was changed since; the model
+            is as it was.
     """
-    signature = checkpoint.get(KEY, {"version": VERSION, "tensors": [], "dropped": {}})
-    if signature["version"] > VERSION:
-        raise ValueError(
-            f"Expected a checkpoint of version {VERSION} at most, got {signature['version']}: update lightning-slim."
-        )
     state = checkpoint["state_dict"]
+    signature = _signature(model, checkpoint[KEY], state) if KEY in checkpoint else UNSIGNED
     names = _fit_blocks(model, signature["dropped"])
     names |= {*signature["tensors"], *cut_tensors(model)}
     if everything and KEY not in checkpoint:
         tensors = {n: t for n, t in named_tensors(model).items() if n in state and not is_lazy(t)}
         names = {n for n, t in tensors.items() if t.ndim == state[n].ndim and t.shape != state[n].shape}
+        if strange := [name for name in sorted(names) if 0 in state[name].shape or not is_dense(state[name])]:
+            raise PayloadError(f"Expected tensors with entries of their own in a checkpoint, got others: {strange}.")
     remember_cut(model, names)
     set_selections(model, signature.get("selected", selections(model)))
     resize_to(model, {name: state[name].shape for name in names & state.keys()})
+
+
+def _signature(model: nn.Module, signed: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its model, if that is true of its state dict and possible in the model at hand."""
+    version = signed.get("version") if isinstance(signed, Mapping) else None
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(f"Expected a checkpoint of version {VERSION} at most, got {version}: update lightning-slim.")
+    signature = opened(signed, "the cut model")
+    for name, shape in signature["shapes"].items():
+        if name in state and (list(state[name].shape) != shape or not is_dense(state[name])):
+            raise PayloadError(
+                f"Expected {name} of shape {shape}, as the checkpoint was signed with, got {tuple(state[name].shape)}: "
+                "its `state_dict` was changed since."
+            )
+    paths, out = dict(model.named_modules()).keys() - {""}, tuple(f"{path}." for path in dropped(model))
+    named = [*signature["dropped"], *signature["selected"]]
+    if strangers := [path for path in named if path not in paths and not path.startswith(out)]:
+        raise ValueError(f"Expected a checkpoint of {type(model).__name__}, got one of a model with {strangers}.")
+    return signature
 
 
 def state_of(model: nn.Module, cut: nn.Module) -> dict[str, Any]:

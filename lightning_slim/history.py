@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_slim.payload import PayloadError, opened, sealed
+
 
 @dataclass(frozen=True)
 class PruningEvent:
@@ -123,13 +125,19 @@ class History:
 
     def to_state(self) -> list[dict[str, Any]]:
         """Plain data, for a checkpoint."""
-        return [asdict(event) for event in self.events]
+        return [sealed(asdict(event)) for event in self.events]
 
     @classmethod
     def from_state(cls, state: list[Mapping[str, Any]]) -> History:
-        """The inverse of `to_state`."""
-        return cls([PruningEvent(**event) for event in state])
+        """The inverse of `to_state`.
+
+        Raises:
+            ValueError: an event is not as it was stored.
+        """
+        if not isinstance(state, list | tuple):
+            raise PayloadError(f"Expected a list of events, got {type(state).__name__}: take another checkpoint.")
+        return cls([PruningEvent(**opened(event, "an event")) for event in state])
 
     def to_json(self) -> str:
         """A JSON array, one object an event."""
-        return json.dumps(self.to_state(), indent=2)
+        return json.dumps([asdict(event) for event in self.events], indent=2)

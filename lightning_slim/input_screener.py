@@ -15,13 +15,14 @@ from lightning_slim.arguments import check_arguments
 from lightning_slim.eager import hooked
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import InputEvidence, Method, choose, test_for
+from lightning_slim.payload import opened, sealed
 from lightning_slim.ranks import Agree, Gather, alone, only
 from lightning_slim.surgery import Example, StructureChange, migrate, remove_units
 from lightning_slim.surgery.compensate import fold
 from lightning_slim.surgery.inputs import InputError, InputUnits, find_entries, find_inputs
 from lightning_slim.surgery.verify import compare
 from lightning_slim.transaction import all_or_nothing
-from lightning_slim.units import Plan, from_state, to_state
+from lightning_slim.units import Plan, check_fit, from_state, to_state
 
 
 class InputScreener:
@@ -255,10 +256,16 @@ class InputScreener:
                 "evidence": self.evidence.state_dict(),
                 "means": dict(self._means),
             }
-        return state
+        return sealed(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: it is not as it was stored, or of another model.
+        """
+        state = opened(state, "a choice of inputs")
+        check_fit(self.model, [from_state(group) for group in state.get("groups", ())])
         self.event = None if state["event"] is None else ScreeningEvent(**state["event"])
         if "evidence" in state:
             device = next(self.model.parameters()).device

@@ -35,6 +35,7 @@ from lightning_slim.masks import (
     unstacked,
     weights_left_out,
 )
+from lightning_slim.payload import opened, sealed
 from lightning_slim.ranks import Agree, alone
 from lightning_slim.recording import InputRecorder
 from lightning_slim.schedules import Cubic, Schedule
@@ -374,7 +375,7 @@ class Masker:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, streamed scores and events, as plain data and tensors."""
-        return {
+        state = {
             "masks": dict(self.masks),
             "last": sorted(self.last),
             "sums": dict(self._sums),
@@ -382,9 +383,18 @@ class Masker:
             "gradients": dict(self._gradients),
             "events": [vars(event).copy() for event in self.events],
         }
+        return sealed(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`, on a model of the same shapes."""
+        """The inverse of `state_dict`, on a model of the same shapes.
+
+        Raises:
+            ValueError: it is not as it was stored, or of a model of other shapes; nothing was loaded.
+        """
+        state = opened(state, "masks")
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        if wrong := [name for name, mask in state["masks"].items() if shapes.get(name) != mask.shape]:
+            raise ValueError(f"Expected masks of this model's weights, got others: {', '.join(wrong)}.")
         self.masks, self._sums = dict(state["masks"]), dict(state["sums"])
         self.last, self._gradients = set(state["last"]), dict(state["gradients"])
         self.events = [MaskEvent(**event) for event in state["events"]]

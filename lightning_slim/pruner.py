@@ -26,6 +26,7 @@ from lightning_slim.guards import Guard, no_signal, significant
 from lightning_slim.history import History, PruningEvent
 from lightning_slim.latency import LEVELS, best_steps, check_device, measure, steps_of_table
 from lightning_slim.patches import with_patches
+from lightning_slim.payload import opened, sealed
 from lightning_slim.ranks import Agree, Gather, alone, only, together
 from lightning_slim.recording import Effect, Recorder
 from lightning_slim.schedules import Cubic, Schedule
@@ -60,6 +61,7 @@ from lightning_slim.units import (
     MIN_UNITS,
     Plan,
     UnitGroup,
+    check_fit,
     from_state,
     most_important_first,
     named_tensors,
@@ -659,7 +661,7 @@ class Pruner:
         """All that a resumed run needs, as tensors and plain data (`torch.load(weights_only=True)` reads it)."""
         if not self.prepared:
             return {}
-        return {
+        state = {
             "groups": [to_state(group) for group in self.groups],
             "left_whole": dict(self.left_whole),
             "given_up": sorted(self.given_up),
@@ -674,12 +676,20 @@ class Pruner:
             "history": self.history.to_state(),
             "recorder": self.recorder.state_dict(),
         }
+        return sealed(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; the model must have the shapes that it had then."""
+        """The inverse of `state_dict`; the model must have the shapes that it had then.
+
+        Raises:
+            ValueError: it is not as it was stored, or of another model; nothing was loaded.
+        """
         if not state:
             return
-        self.groups = [from_state(group) for group in state["groups"]]
+        state = opened(state, "a pruner")
+        groups = [from_state(group) for group in state["groups"]]
+        check_fit(self.model, groups)
+        self.groups = groups
         self.left_whole = dict(state["left_whole"])
         self.given_up, self.networks = set(state["given_up"]), set(state["networks"])
         self._inputs, self._teachers = dict(state["inputs"]), dict(state["teachers"])

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_slim.arguments import check_arguments
 from lightning_slim.candidates import Wish, find_candidates
+from lightning_slim.payload import opened, sealed
 from lightning_slim.penalties import Penalty, Proximal
 from lightning_slim.ranks import Decide
 from lightning_slim.scores import Magnitude
@@ -23,6 +24,7 @@ from lightning_slim.units import (
     Role,
     Span,
     UnitGroup,
+    check_fit,
     columns,
     from_state,
     put_columns,
@@ -178,11 +180,14 @@ class Regularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and what their norms were, as tensors and plain data."""
-        return {"groups": [to_state(group) for group in self.groups], "start": dict(self._start)}
+        return sealed({"groups": [to_state(group) for group in self.groups], "start": dict(self._start)})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; the model must have the shapes that it had then."""
-        self._pull(from_state(group) for group in state["groups"])
+        state = opened(state, "a regularizer")
+        groups = [from_state(group) for group in state["groups"]]
+        check_fit(self.model, groups)
+        self._pull(groups)
         self.prepared = bool(self.groups)
         self._start = {name: norms.cpu() for name, norms in state["start"].items()}
 

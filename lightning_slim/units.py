@@ -280,6 +280,27 @@ def to_state(group: UnitGroup) -> dict[str, Any]:
     }
 
 
+def check_fit(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
+    """Raises a ValueError if groups that were stored are not of this model, as it is now."""
+    tensors, layers = named_tensors(model), dict(model.named_modules(remove_duplicate=False))
+    for group in groups:
+        spans = [*group.spans, *(reader.span for reader in group.readers)]
+        wrong = [s.tensor for s in spans if s.tensor not in tensors or not _fits(s, tensors[s.tensor], group.size)]
+        wrong += [path for path in (*group.blocks, *(reader.layer for reader in group.readers)) if path not in layers]
+        if wrong:
+            raise ValueError(
+                f"Expected units of {type(model).__name__}, got {group.name}, which is of "
+                f"other shapes: {', '.join(wrong)}."
+            )
+
+
+def _fits(span: Span, tensor: Tensor, units: int) -> bool:
+    """Whether a span is of so many units, each at places of its own in a tensor."""
+    if not -tensor.ndim <= span.axis < tensor.ndim or span.index.ndim != 2 or len(span.index) != units:
+        return False
+    return bool((span.index >= 0).all()) and bool((span.index < tensor.shape[span.axis]).all())
+
+
 def from_state(state: Mapping[str, Any]) -> UnitGroup:
     """The inverse of `to_state`."""
     spans = tuple(Span(**span) for span in state["spans"])

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_slim.accuracy import AccuracyBudget, AccuracySearch, Verdict
 from lightning_slim.callbacks.base import metrics_of
+from lightning_slim.payload import opened, sealed
 from lightning_slim.pruner import NoEffectWarning
 
 
@@ -106,18 +107,20 @@ class AccuracyGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """The search, and the way back."""
-        return {
+        state = {
             "search": self.search.state_dict(),
-            "snapshot": self.snapshot,
             "metrics": dict(self.metrics),
             "logged": dict(self._logged),
             "before": dict(self._before),
             "validated": self._validated,
             "source": self._source,
         }
+        return {**sealed(state), "snapshot": self.snapshot}  # what is in that has seals of its own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        snapshot = state["snapshot"]
+        state = opened({key: value for key, value in state.items() if key != "snapshot"}, "a search")
         self.search.load_state_dict(state["search"])
-        self.snapshot, self.metrics, self._before = state["snapshot"], dict(state["metrics"]), dict(state["before"])
+        self.snapshot, self.metrics, self._before = snapshot, dict(state["metrics"]), dict(state["before"])
         self._logged, self._source, self._validated = dict(state["logged"]), state["source"], state["validated"]

@@ -34,6 +34,7 @@ from lightning_slim.checkpoint import remember_cut
 from lightning_slim.history import ScreeningEvent
 from lightning_slim.input_evidence import Method
 from lightning_slim.input_screener import InputScreener
+from lightning_slim.payload import opened, sealed
 from lightning_slim.pruner import NoEffectWarning
 from lightning_slim.surgery import Example
 from lightning_slim.transaction import all_or_nothing
@@ -146,9 +147,11 @@ class InputScreening(SlimCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self._seen, "screener": self.screener.state_dict() if self._screener is not None else {}}
+        screener = self.screener.state_dict() if self._screener is not None else {}
+        return sealed({"seen": self._seen, "screener": screener})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = opened(state_dict, type(self).__name__)
         self._seen = state_dict["seen"]
         self.screener.load_state_dict(state_dict["screener"])
 

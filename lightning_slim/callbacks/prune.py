@@ -51,6 +51,7 @@ from lightning_slim.checkpoint import cut_tensors
 from lightning_slim.folding import Compensate
 from lightning_slim.guards import Guard
 from lightning_slim.history import History, PruningEvent
+from lightning_slim.payload import opened, sealed
 from lightning_slim.pruner import Pruner, level_of_significance
 from lightning_slim.report import Report
 from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
@@ -230,20 +231,24 @@ class Prune(SlimCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        own = {
             "point": self._point,
             "gathering": self._gathering.state_dict(),
             "rates": self._tuning.rates,
             "momenta": dict(self._momenta),
+        }
+        return {
+            **sealed(own),
             "pruner": self.pruner.state_dict() if self._pruner is not None else {},
             "guarding": self._guarding.state_dict() if self._guarding is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._point, self._tuning.rates = state_dict["point"], state_dict["rates"]
-        self._momenta = dict(state_dict["momenta"])
-        self._gathering.load_state_dict(state_dict["gathering"])
+        own = opened({k: v for k, v in state_dict.items() if k not in ("pruner", "guarding")}, type(self).__name__)
         self.pruner.load_state_dict(state_dict["pruner"])
+        self._point, self._tuning.rates = own["point"], own["rates"]
+        self._momenta = dict(own["momenta"])
+        self._gathering.load_state_dict(own["gathering"])
         if self._guarding is not None and state_dict["guarding"] is not None:
             self._guarding.load_state_dict(state_dict["guarding"])
 

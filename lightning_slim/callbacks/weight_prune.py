@@ -23,6 +23,7 @@ from lightning_slim.callbacks.probe import Probe
 from lightning_slim.history import MaskEvent
 from lightning_slim.masker import Masker, sparsity_of
 from lightning_slim.masks import Distribution, Pattern, Regrowth, Uniform, Unstructured, WeightMagnitude, WeightScore
+from lightning_slim.payload import opened, sealed
 from lightning_slim.pruner import NoEffectWarning
 from lightning_slim.schedules import Cubic, OneShot, Schedule, Time, in_rounds
 from lightning_slim.skipping import Skip
@@ -152,9 +153,11 @@ class WeightPrune(SlimCallback):
 
     def state_dict(self) -> dict[str, Any]:
         masker = self._masker.state_dict() if self._masker is not None and not self._finding else {}
-        return {"point": self._point, "batches": self._batches, "rates": self._tuning.rates, "masker": masker}
+        own = {"point": self._point, "batches": self._batches, "rates": self._tuning.rates, "masker": masker}
+        return sealed(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = opened(state_dict, type(self).__name__)
         self._point, self._batches = state_dict["point"], state_dict["batches"]
         self._tuning.rates = state_dict["rates"]
         self._finding = not state_dict["masker"]

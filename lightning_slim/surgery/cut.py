@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from lightning_slim.surgery.blocks import Dropped, drop, put_back
@@ -142,14 +144,52 @@ def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     Args:
         model: the module to change.
         shapes: tensor name -> shape; tensors that are not named, or have that shape, stay.
+
+    Raises:
+        ValueError: a shape has other axes than its tensor, or none of a layer's tensors fit one another; nothing has
+            changed.
     """
     tensors = named_tensors(model)
+    _check_shapes(model, tensors, shapes)
     changed = {
         n: t for n, t in tensors.items() if n in shapes and not is_lazy(t) and tuple(t.shape) != tuple(shapes[n])
     }
     _replace(model, {id(t): _like(t, t.new_zeros(tuple(shapes[n]))) for n, t in changed.items()})
     if changed:
         norms_of_any_width(model)
+
+
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    new = {name: tuple(shapes[name]) for name, t in tensors.items() if name in shapes and not is_lazy(t)}
+    for name, shape in new.items():
+        sizes = all(isinstance(size, int) and size > 0 for size in shape)
+        if len(shape) != tensors[name].ndim or not sizes:
+            raise ValueError(
+                f"Expected {tensors[name].ndim} sizes above 0 for {name}, of shape {tuple(tensors[name].shape)}, got "
+                f"{shape}: the checkpoint is of another model, or damaged."
+            )
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in new):
+        layer = model.get_submodule(path)
+        own = {name: named for name in (*layer._parameters, *layer._buffers) if (named := f"{path}.{name}".lstrip("."))}
+        wide = {name: new.get(named, tuple(tensors[named].shape)) for name, named in own.items() if named in tensors}
+        if wrong := _disagree(layer, wide):
+            raise ValueError(f"Expected shapes that fit one another, got {wrong} of {path}: {wide}.")
+
+
+def _disagree(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Names of tensors of a layer whose shapes cannot be together; empty if all is well, or not known."""
+    if isinstance(layer, nn.Linear | _ConvNd) and "weight" in shapes:
+        transposed = isinstance(layer, _ConvNd) and layer.transposed
+        if isinstance(layer, _ConvNd) and transposed and layer.groups > 1:
+            return ""  # the number of groups follows
+        made = shapes["weight"][1 if transposed else 0]
+        taps = tuple(layer.kernel_size) if isinstance(layer, _ConvNd) else ()
+        if shapes["weight"][2:] != taps or shapes.get("bias", (made,)) != (made,):
+            return "weight and bias"
+    of_channels = {shape for shape in shapes.values() if shape}  # not the counter of batches
+    if isinstance(layer, _NormBase | nn.LayerNorm | nn.GroupNorm) and len(of_channels) > 1:
+        return " and ".join(shapes)
+    return ""
 
 
 def _positions_kept(
