@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_slim import Granger, Magnitude, OneShot, Prune, Pruner, Units, WeightPrune
+from lightning_slim.callbacks.companions import copies
 from lightning_slim.surgery import StructureChange
 from lightning_slim.transaction import all_or_nothing
 from tests.callbacks.runs import Lit, loader, trainer
 from tests.interrupts import Lines, Tally, differences, spread, state_of
-from tests.zoo.test_zoo import build, train
+from tests.zoo.test_zoo import build, call, train
 
 NETWORKS = {
     "ResNet-18": "both",
@@ -83,12 +88,97 @@ def interrupt_preparing(name: str, number: int) -> Tally:
     return tally
 
 
+class Zoo(pl.LightningModule):
+    """A network of the zoo, trained as its tests do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.net, self.example = build(name)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.stack([output.square().mean() for output in call(self.net, self.example)]).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Run:
+    """A fit of three epochs of four steps, in whose middle a cut is made, with all that follows it.
+
+    Args:
+        name: of the network.
+        cut: is called in the place of the callback's cut, which it is handed, with this run.
+    """
+
+    def __init__(self, name: str, cut: Callable[[Run, Callable[[], Any]], Any]) -> None:
+        granularity: Any = NETWORKS[name]
+        self.lit, self.averaging = Zoo(name), EMAWeightAveraging(decay=0.9)
+        self.prune = Prune(
+            *(Granger(), Units(0.5), OneShot(0.5)),
+            **{"granularity": granularity, "record_every_n_steps": 1, "print_report": False},
+        )
+        skip = ["net.blocks"] if "weight norm" in name else []
+        self.mask = WeightPrune(0.3, schedule=OneShot(0.1), update_every=0.5, skip=skip)
+        self.saver = ModelCheckpoint(save_last=False)
+        self.stands = False
+        true = self.prune._cut
+        self.prune._cut = lambda *args, **kwargs: cut(self, lambda: true(*args, **kwargs))  # type: ignore[method-assign]
+
+    def fit(self, folder: Path) -> None:
+        callbacks = self.prune, self.mask, self.averaging, self.saver
+        data = DataLoader(TensorDataset(torch.zeros(4, 1)), batch_size=1)
+        self.trainer = trainer(folder, *callbacks, max_epochs=3)
+        self.trainer.fit(self.lit, data)
+
+    @property
+    def early(self) -> bool:
+        """Whether nothing is to be cut yet, or no more."""
+        return self.stands or self.trainer.global_step < 6
+
+    def state(self) -> dict[str, Any]:
+        ours = {name: getattr(self, name).state_dict() for name in ("prune", "mask", "saver")}
+        averages = copies(self.trainer)
+        average = {str(i): average.state_dict() for i, average in enumerate(averages)}
+        return copy.deepcopy({**state_of(self.lit, self.trainer.optimizers), **ours, "average": average})
+
+
+def interrupt_callbacks(name: str, number: int) -> Tally:
+    """Injections follow one another in one fit, as long as they leave it as it was."""
+    lines, tally, whole = Lines(), Tally(), list[dict[str, Any]]()
+
+    def undisturbed(run: Run, cut: Callable[[], Any]) -> Any:
+        if run.early:
+            return None
+        with lines.watching():
+            event = cut()
+        whole.append(run.state())
+        return event
+
+    def disturbed(run: Run, cut: Callable[[], Any]) -> Any:
+        while left and not run.early:
+            before = run.state()
+            with tally.injected(left.pop(0)):
+                cut()
+            if differences(before, run.state()):  # it stands
+                if half := differences(whole[0], run.state()):
+                    tally.harmed.append(f"{tally.where}: {half[:3]}")
+                run.stands = True
+                break
+
+    with tempfile.TemporaryDirectory() as folder:
+        Run(name, undisturbed).fit(Path(folder))
+        left = spread(lines.count, number)
+        while left:
+            Run(name, disturbed).fit(Path(folder))
+    return tally
+
+
 NUMBERS = [FEW, pytest.param(MANY, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("interrupt", [interrupt_cuts, interrupt_preparing])
+@pytest.mark.parametrize("interrupt", [interrupt_cuts, interrupt_preparing, interrupt_callbacks])
 def test_an_interrupt_leaves_nothing_half_done(interrupt: Callable[[str, int], Tally], name: str, number: int) -> None:
     tally = interrupt(name, number)
     print(f"{name}: {tally}")  # noqa: T201 - shown by `pytest -rP`: the count is the result

@@ -497,6 +497,8 @@ class Prune(SlimCallback):
     def _cut(
         self, trainer: Trainer, pl_module: LightningModule, progress: float, asked: float | None = None
     ) -> PruningEvent | None:
+        if asked is None and not self.pruner.asks(progress):
+            return None
         self.about_to_change(trainer, pl_module)
         with all_or_nothing(*all_that_changes(trainer, pl_module)):
             event = self.pruner.step(progress, trainer.optimizers, copies(trainer), steps_taken(trainer), asked)

@@ -14,7 +14,10 @@ FAIL = ("nan", "evidence_of", "remove_units")
 
 
 def test_ranks_decide_alike_or_fail_alike(tmp_path: Path) -> None:
-    """Runs follow one another in the same two processes, which take longer to start than to train."""
+    """Runs follow one another in the same two processes, which take longer to start than to train.
+
+    Who waits for another rank in vain ends with an error of the process group, after 20 seconds.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)
@@ -24,7 +27,6 @@ def test_ranks_decide_alike_or_fail_alike(tmp_path: Path) -> None:
     for kind in (*GO_ON, *FAIL):
         first, second = (json.loads((tmp_path / f"{kind}.{rank}.json").read_text()) for rank in range(2))
         assert first["weights"] == second["weights"], kind
-        assert max(first["seconds"], second["seconds"]) < 10, kind  # who waits in vain does so for 20
         if kind in GO_ON:
             assert first["told"] == second["told"] == "", kind
             assert first["zeros"] == second["zeros"] == 0.5 if "masks" in kind else first["width"] == 8, kind
