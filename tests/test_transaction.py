@@ -117,17 +117,16 @@ class Run:
             *(Granger(), Units(0.5), OneShot(0.5)),
             **{"granularity": granularity, "record_every_n_steps": 1, "print_report": False},
         )
-        skip = ["net.blocks"] if "weight norm" in name else []
-        self.mask = WeightPrune(0.3, schedule=OneShot(0.1), update_every=0.5, skip=skip)
-        self.saver = ModelCheckpoint(save_last=False)
+        self.beside = [self.prune, self.averaging, ModelCheckpoint(save_last=False)]
+        if "weight norm" not in name:  # of such weights there are no masks
+            self.beside.append(WeightPrune(0.3, schedule=OneShot(0.1), update_every=0.5))
         self.stands = False
         true = self.prune._cut
         self.prune._cut = lambda *args, **kwargs: cut(self, lambda: true(*args, **kwargs))  # type: ignore[method-assign]
 
     def fit(self, folder: Path) -> None:
-        callbacks = self.prune, self.mask, self.averaging, self.saver
         data = DataLoader(TensorDataset(torch.zeros(4, 1)), batch_size=1)
-        self.trainer = trainer(folder, *callbacks, max_epochs=3)
+        self.trainer = trainer(folder, *self.beside, max_epochs=3)
         self.trainer.fit(self.lit, data)
 
     @property
@@ -136,7 +135,7 @@ class Run:
         return self.stands or self.trainer.global_step < 6
 
     def state(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name).state_dict() for name in ("prune", "mask", "saver")}
+        ours = {callback.state_key: callback.state_dict() for callback in self.beside}
         averages = copies(self.trainer)
         average = {str(i): average.state_dict() for i, average in enumerate(averages)}
         return copy.deepcopy({**state_of(self.lit, self.trainer.optimizers), **ours, "average": average})
