@@ -23,6 +23,10 @@ FUNCTIONS: dict[Callable[..., Any], inspect.Signature] = {
 }  # fmt: skip
 
 
+class NoLossHeardError(ValueError):
+    """A training step called no loss function, as one that passes over its batch."""
+
+
 class HearLosses(TorchFunctionMode):
     """While it is entered, every loss function of `torch.nn.functional` is heard, also within the loss modules.
 
@@ -63,10 +67,11 @@ class HearLosses(TorchFunctionMode):
             loss: what the training step returned; None if that is not known, which only one heard loss allows.
 
         Raises:
-            ValueError: no loss function was heard, or none, nor all together, made the loss.
+            NoLossHeardError: no loss function was heard.
+            ValueError: none, nor all together, made the loss.
         """
         if not self.heard:
-            raise ValueError(
+            raise NoLossHeardError(
                 "Expected a training step that calls a loss function of `torch.nn.functional` or of `torch.nn`, heard "
                 "none: the loss of each item is not known. Choose a score that does not need it."
             )

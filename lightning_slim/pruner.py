@@ -423,8 +423,10 @@ class Pruner:
 
     @property
     def ready(self) -> bool:
-        """Whether all that is wanted was recorded on some rank; all ranks must ask."""
-        return not set.intersection(*self.gather(self.recorder.lacking))
+        """Whether all that is wanted was recorded on some rank, or can no more be; all ranks must ask."""
+        diverged = any(self.recorder.diverged(group.name) for group in self.groups)
+        told = self.gather((self.recorder.lacking, diverged))
+        return any(stuck for _, stuck in told) or not set.intersection(*(lacking for lacking, _ in told))
 
     def check_states(self, optimizers: Iterable[Optimizer]) -> None:
         """Says before the first cut if an optimizer, in which a step was taken, has a state that cannot be cut.
@@ -474,7 +476,8 @@ class Pruner:
         scores = {}
         for group in (group for group in self.groups if group.name not in self.given_up):
             evidence = self._evidence(group)
-            if not all(bool(reading.moments.second.diagonal().isfinite().all()) for reading in evidence.readings):
+            whole = all(bool(reading.moments.second.diagonal().isfinite().all()) for reading in evidence.readings)
+            if not whole or self.recorder.diverged(group.name):
                 raise ValueError(
                     f"Expected finite activations, got NaN or infinity from {group.name}: the run has diverged, or an "
                     "input was not finite. Lower the learning rate, or mend the data."

@@ -15,7 +15,7 @@ from lightning_slim.capture import capture_calls
 from lightning_slim.pruner import Pruner
 from lightning_slim.ranks import together
 from lightning_slim.surgery import Example
-from lightning_slim.surgery.example import Calls
+from lightning_slim.surgery.example import Calls, shapes_of
 
 
 class Gathering:
@@ -92,6 +92,9 @@ class Gathering:
         self.step.end(trainer, outputs, batch)
         looked = self._looks and not pruner.history.events
         calls, self._calls = self._calls, {}
+        empty = any(0 in shape for call in calls.values() for shape in shapes_of(call))
+        if empty:  # a batch of nothing shows nothing
+            return False
         module = trainer.lightning_module
         if looked and not (calls or self._seen or pruner.networks):
             self.refused = ValueError(

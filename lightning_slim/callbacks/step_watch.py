@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.replay import replay
 from lightning_slim.capture import capture_outputs
-from lightning_slim.losses import HearLosses
+from lightning_slim.losses import HearLosses, NoLossHeardError
 from lightning_slim.recording import Recorder
 
 
@@ -29,13 +29,18 @@ class StepWatch:
         self._looking = ExitStack()
         self._outputs: dict[str, Tensor] = {}
         self._heard: HearLosses | None = None
+        self._silent = 0  # steps in a row that called no loss function: one may pass over its batch
 
     def begin(
         self, recorder: Recorder, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records the step that is about to run."""
         if recorder.experiments:
-            recorder.experiment(lambda: replay(trainer, pl_module, batch, batch_idx))
+            try:
+                recorder.experiment(lambda: replay(trainer, pl_module, batch, batch_idx))
+            except NoLossHeardError as error:
+                self._pass_over(error)
+                return
         self._recorder = recorder
         self._looking.enter_context(recorder.recording())
         if "outputs" in recorder.known:
@@ -63,8 +68,20 @@ class StepWatch:
         if self._heard is not None:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
             whole = None if loss is None else loss * trainer.accumulate_grad_batches
-            known["losses"], self._heard = self._heard.of_items(whole), None
+            heard, self._heard = self._heard, None
+            try:
+                known["losses"] = heard.of_items(whole)
+            except NoLossHeardError as error:
+                self._pass_over(error)
+                return
+        self._silent = 0
         recorder.hear(**known)
+
+    def _pass_over(self, error: NoLossHeardError) -> None:
+        """A step tells nothing. Several in a row are no accident."""
+        self._silent += 1
+        if self._silent > 2:
+            raise
 
     def close(self) -> None:
         """Looks away, whatever the step came to."""

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_slim.aside import is_aside
 from lightning_slim.eager import hooked
+from lightning_slim.recording.recorder import is_finite
 from lightning_slim.surgery.layers.conv import is_depthwise
 from lightning_slim.surgery.layers.multihead import module_by_module
 from lightning_slim.surgery.layers.recurrent import heard
@@ -172,7 +173,7 @@ class InputRecorder:
             for leaf, parts in _read_by(layer, args, kwargs).items():
                 name = f"{path}.{leaf}" if path else leaf
                 for told, inputs in zip(self.told[name], parts, strict=True) if name in self.told else ():
-                    for witness in self.witnesses:
+                    for witness in self.witnesses if inputs.numel() and is_finite(inputs) else ():
                         if isinstance(layer, nn.Embedding):
                             held = _Held(witness, witness.hold_tokens(inputs, layer.num_embeddings), told)
                         else:
@@ -212,12 +213,12 @@ def _read_by(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return {"in_proj_weight": [q, k, v], "q_proj_weight": [q], "k_proj_weight": [k], "v_proj_weight": [v]}
     inputs: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
     if isinstance(layer, nn.Embedding):
-        return {"weight": [inputs.reshape(len(inputs), -1)]}
+        return {"weight": [inputs.reshape(len(inputs), inputs.shape[1:].numel())]}
     if isinstance(layer, _ConvNd):
         batched = inputs if inputs.ndim == layer.weight.ndim else inputs.unsqueeze(0)
         return {"weight": [batched.flatten(2).transpose(1, 2)]}
     batched = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
-    return {"weight": [batched.reshape(len(batched), -1, batched.shape[-1])]}
+    return {"weight": [batched.reshape(len(batched), batched.shape[1:-1].numel(), batched.shape[-1])]}
 
 
 def _items_first(inputs: Shaped[Tensor, "..."], batch_first: bool) -> Shaped[Tensor, "items steps channels"]:

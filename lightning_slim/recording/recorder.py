@@ -96,6 +96,7 @@ class Recorder:
         self.known: frozenset[Known] = frozenset(w.known for w in self.gathered if w.known is not None)
         self.generator = torch.Generator().manual_seed(seed)
         self._held: list[_Held] = []
+        self._unfit: dict[tuple[str, int], int] = {}  # (group, reader) -> batches in a row that were not finite
 
     @property
     def experiments(self) -> bool:
@@ -201,6 +202,8 @@ class Recorder:
     def observe(self, name: str, slot: int, reader: Reader, inputs: Tensor) -> None:
         """Adds what one reader was given to the moments."""
         inputs = inputs.detach().as_subclass(Tensor)  # batches may be of a kind of tensor that cannot be copied
+        if not self._takes(name, slot, inputs):
+            return
         if self.gathered:
             arrived = items_at(inputs, reader, self._width(reader))
             for witness in self.gathered:
@@ -232,6 +235,8 @@ class Recorder:
     @torch.no_grad()
     def observe_blocks(self, name: str, updates: Sequence[Tensor]) -> None:
         """Adds what every block adds to its input: one column a block, a row for every sample, step and channel."""
+        if not all(self._takes(name, 0, update) for update in updates):
+            return
         moments = self.moments[name][0]
         if moments is None:
             moments = self.moments[name][0] = Moments(len(updates), updates[0].device)
@@ -331,6 +336,20 @@ class Recorder:
         """An effect of each unit of a group: mean over recorded steps, recent ones weighing more."""
         return self.effects[effect][group] / self.steps[effect][group]
 
+    def diverged(self, group: str) -> bool:
+        """Whether what arrives of a group's units is not finite any more, or never was; one such batch may happen."""
+        slots = self._slots()
+        of_group = [(at, count) for (name, at), count in self._unfit.items() if name == group]
+        return any(count > 1 or slots.get(("moments", group, at), 0) is None for at, count in of_group)
+
+    def _takes(self, name: str, slot: int, inputs: Tensor) -> bool:
+        """Whether a batch tells something: not if it is empty, or not finite."""
+        if is_finite(inputs):
+            self._unfit.pop((name, slot), None)
+            return inputs.numel() > 0
+        self._unfit[name, slot] = self._unfit.get((name, slot), 0) + 1
+        return False
+
     def seen(self, group: str) -> list[Moments | None]:
         """Moments at each reader of a group, of all ranks."""
         return [self._of_all(moments) for moments in self.moments[group]]
@@ -388,7 +407,9 @@ class Recorder:
             at_readers[held.slot] = held.witness.add(at_readers[held.slot], held.units, known)
 
     def _observe(self, effect: Effect, group: str, new: Float[Tensor, "units"]) -> None:
-        """Adds one step's effects to those of a group."""
+        """Adds one step's effects to those of a group; a step whose gradients are not finite tells nothing."""
+        if not is_finite(new):
+            return
         past, steps = self.effects[effect].get(group), self.steps[effect].get(group, 0.0)
         self.effects[effect][group] = new if past is None else self.memory * past + new
         self.steps[effect][group] = self.memory * steps + 1
@@ -429,6 +450,7 @@ class Recorder:
             "moments": {name: [_state(m) for m in group] for name, group in self.moments.items()},
             "effects": {name: dict(of_groups) for name, of_groups in self.effects.items()},
             "steps": copy.deepcopy(self.steps),
+            "unfit": [(*key, count) for key, count in self._unfit.items()],
             "gates": {name: gates.state_dict() for name, gates in self.gates.items()},
             "gathered": [
                 {name: [_state(g) for g in group] for name, group in of_groups.items()}
@@ -450,7 +472,13 @@ class Recorder:
         for effect, of_effect in self.effects.items():
             of_effect.update({group: v.to(device) for group, v in state["effects"].get(effect, {}).items()})
             self.steps[effect] = dict(state["steps"].get(effect, {}))
+        self._unfit = {(name, at): count for name, at, count in state["unfit"]}
         self.generator.set_state(state["generator"].cpu())
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; one pass, where that is so."""
+    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _enough(columns: int) -> int:
