@@ -367,6 +367,7 @@ class Pruner:
         asked = self.asked(progress) if asked is None else asked
         if not self._more_than(asked):
             return None
+        self.check_present()
         copies, optimizers = list(copies), [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         with all_or_nothing(self, self.model, *copies, *optimizers):
             return self._step(progress, optimizers, copies, global_step, asked)
@@ -437,6 +438,21 @@ class Pruner:
         tensors = named_tensors(self.model)
         if self.unknown == "raise":
             check_states(optimizers, {span.tensor: tensors[span.tensor] for g in self.groups for span in g.spans})
+
+    def check_present(self) -> None:
+        """Says before anything is touched if tensors of units are gone from the model.
+
+        Raises:
+            ValueError: they are.
+        """
+        tensors = named_tensors(self.model)
+        spans = [*(span for g in self.groups for span in g.spans), *(r.span for g in self.groups for r in g.readers)]
+        if missing := sorted({span.tensor for span in spans} - tensors.keys()):
+            raise ValueError(
+                f"Expected the tensors in which units were found, got {type(self.model).__name__} without "
+                f"{', '.join(missing[:3])}: something took them away since, such as a parametrization or another tool "
+                "that prunes. Let it begin before the fit does, or leave its layers out with `skip`."
+            )
 
     def refuse_moving_teachers(self) -> None:
         """What follows the weights of a network by itself would mix units after a cut.

@@ -70,6 +70,8 @@ class Gathering:
         due = records and self._batches % self._every == 0
         if due and pruner.prepared and not pruner.history.events:
             pruner.refuse_moving_teachers()  # rather now than when the run is over
+        if due and pruner.prepared:
+            pruner.check_present()
         self._batch_idx = batch_idx
         self._looks = not pruner.calls or ((due or bool(pruner.unreached)) and not pruner.history.events)
         if self._looks:

@@ -1,4 +1,4 @@
-"""Batches that are empty or not finite, steps that are passed over, dead units, one class: runs go on, or say why not."""
+"""Batches that are empty or not finite, steps passed over, dead units, one class: runs go on, or say why not."""
 
 from __future__ import annotations
 
