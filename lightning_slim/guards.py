@@ -37,7 +37,8 @@ def no_signal(calibration: Calibration, columns: int) -> str:
     """
     c = calibration
     if c.rows < columns + 2:
-        return f"{c.rows:.0f} rows are too few for {columns} columns"
+        fewer = " and `lags`" if columns > c.units else ""
+        return f"{c.rows:.0f} rows are too few for {columns} columns (lower `record_every_n_steps`{fewer})"
     if c.live < 2:
         return f"{c.units - c.live} of {c.units} units are constant"
     if not c.variance > 0:

@@ -42,7 +42,7 @@ def calibration(**changes) -> Calibration:
     ("changes", "reason"),
     [
         ({}, ""),
-        ({"rows": 9.0}, "9 rows are too few for 8 columns"),
+        ({"rows": 9.0}, r"9 rows are too few for 8 columns \(lower `record_every_n_steps`\)"),
         ({"live": 1}, "7 of 8 units are constant"),
         ({"variance": 0.0}, "what they should predict is constant"),
         (
@@ -261,3 +261,7 @@ def test_chance_stays_small_while_the_weights_change() -> None:
     found = pruner.score(pruner._evidence(pruner.groups[0])).calibration
     assert float(found.by_chance[-1]) < 0.05
     assert no_signal(found, 12) == ""
+
+
+def test_too_few_rows_name_the_argument_that_makes_columns_of_the_past() -> None:
+    assert no_signal(calibration(rows=9.0), columns=24).endswith("24 columns (lower `record_every_n_steps` and `lags`)")
