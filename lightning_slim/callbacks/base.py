@@ -62,6 +62,12 @@ class SlimCallback(Callback):
                 "interfere with each other. Keep one of them."
             )
 
+        if "ModelPruning" in {c.__name__ for callback in callbacks for c in type(callback).__mro__}:
+            raise MisconfigurationException(
+                "Expected one tool that prunes, got Lightning's `ModelPruning` beside ours: it puts other tensors in "
+                "the place of weights while they train. Leave it out; `WeightPrune` masks weights."
+            )
+
     def _set_aside(self, smoke_test: bool) -> None:
         if smoke_test:
             self._aside = self._aside or {name: getattr(self, name) for name in self.workers}
@@ -105,14 +111,9 @@ def refuse_what_cannot_be_cut(trainer: Trainer, pl_module: LightningModule) -> N
     """Raises before training where a cut would break the run.
 
     Raises:
-        MisconfigurationException: sharded parameters, processes that cannot agree, or another tool that prunes.
+        MisconfigurationException: sharded parameters, or processes that cannot agree.
     """
     strategy = trainer.strategy
-    if "ModelPruning" in {c.__name__ for callback in trainer.callbacks for c in type(callback).__mro__}:  # type: ignore[attr-defined]
-        raise MisconfigurationException(
-            "Expected one tool that prunes, got Lightning's `ModelPruning` beside ours: it puts other tensors in the "
-            "place of weights while they train. Leave it out; `WeightPrune` masks weights."
-        )
     if SHARDED & {c.__name__ for c in type(strategy).__mro__}:
         raise MisconfigurationException(
             f"Expected a strategy that keeps whole parameters on each device, got {type(strategy).__name__}: "
