@@ -94,8 +94,8 @@ class Gathering:
         self.step.end(trainer, outputs, batch)
         looked = self._looks and not pruner.history.events
         calls, self._calls = self._calls, {}
-        empty = any(0 in shape for call in calls.values() for shape in shapes_of(call))
-        if empty:  # a batch of nothing shows nothing
+        shapes = [shape for call in calls.values() for shape in shapes_of(call)]
+        if shapes and all(0 in shape for shape in shapes):  # a batch of nothing shows nothing; a target may be empty
             return False
         module = trainer.lightning_module
         if looked and not (calls or self._seen or pruner.networks):
