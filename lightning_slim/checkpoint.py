@@ -76,7 +76,7 @@ def fit_to(model: nn.Module, checkpoint: dict[str, Any], everything: bool = Fals
         tensors = {n: t for n, t in named_tensors(model).items() if n in state and not is_lazy(t)}
         names = {n for n, t in tensors.items() if t.ndim == state[n].ndim and t.shape != state[n].shape}
         if strange := [name for name in sorted(names) if 0 in state[name].shape or not is_dense(state[name])]:
-            raise PayloadError(f"Expected tensors with entries of their own in a checkpoint, got others: {strange}.")
+            raise PayloadError(f"Expected dense tensors in a checkpoint, got expanded, sparse or empty: {strange}.")
     remember_cut(model, names)
     set_selections(model, signature.get("selected", selections(model)))
     resize_to(model, {name: state[name].shape for name in names & state.keys()})

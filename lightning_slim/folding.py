@@ -73,12 +73,12 @@ def fold_iterates(
             held = {p: s for p, s in optimizer.state.items() if id(p) in weights and _stands_for(s.get(key), p)}
             now = [p.clone() for p in held]
             for p, state in held.items():
-                p.copy_(state[key].view(p.shape))
+                p.copy_(state[key].reshape(p.shape))
             before = [p.clone() for p in held]
             for _ in fold_plan([model], groups, plan, moments, compensate) if held else ():
                 pass
             for (p, state), then in zip(held.items(), before, strict=True):
-                state[key] = state[key] + (p - then).to(state[key]).view(state[key].shape)
+                state[key] = state[key] + (p - then).to(state[key]).reshape(state[key].shape)
             for p, value in zip(held, now, strict=True):
                 p.copy_(value)
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lightning_slim.statistics import Accumulator, Anova, Correlation, PanelDesign, PanelGranger, adjusted_log_p
+from lightning_slim.statistics.random_walks import dickey_fuller_sums, unit_roots
 from lightning_slim.statistics.streaming import Pivoted
 
 Method = Literal["auto", "granger", "anova", "correlation"]
@@ -108,7 +109,7 @@ class InputEvidence:
     def _update_granger(self, inputs: Tensor, target: Tensor) -> None:
         """A target of the step after each step, or one of the step after the last, whose own past is not given."""
         steps, series = inputs.shape[1], True
-        sums = _dickey_fuller_sums(inputs)
+        sums = dickey_fuller_sums(inputs)
         self.steps = sums if self.steps is None else self.steps + sums
         if target.ndim == 3 and target.shape[1] != steps:
             target = target.transpose(1, 2)
@@ -129,15 +130,12 @@ class InputEvidence:
     def unit_roots(self, reduce: Callable[[Tensor, str], Tensor]) -> list[int]:
         """Inputs that look like random walks, tested as levels for a target without a past: its test is spurious then.
 
-        Dickey and Fuller's (1979) regression of differences on levels, with a constant, of all windows together: a t
-        above -2.86 (their 5 % for many steps), or a root above 0.995, however often windows repeat a step.
-
         Args:
             reduce: sums over ranks.
         """
         if self.difference or self.steps is None or self._own_lags:
             return []
-        return dickey_fuller(reduce(self.steps.clone(), "sum").cpu(), self.overlap)
+        return unit_roots(reduce(self.steps.clone(), "sum").cpu(), self.overlap).nonzero().flatten().tolist()
 
     @property
     def _own_lags(self) -> int:
@@ -196,30 +194,6 @@ class InputEvidence:
         else:
             self.streamed = (Anova if self.test == "anova" else Correlation)(1, 1, device)
         self.streamed.load_state_dict(tensors)
-
-
-def _dickey_fuller_sums(series: Float[Tensor, "items steps features"]) -> Float[Tensor, "sums features"]:
-    """Sums over all pairs of steps: their number, levels, differences, and their products."""
-    levels, changes = series[:, :-1].double(), series.double().diff(dim=1)
-    products = (torch.ones_like(levels), levels, changes, levels * levels, levels * changes, changes * changes)
-    return torch.stack([product.sum((0, 1)) for product in products])
-
-
-def dickey_fuller(sums: Float[Tensor, "sums features"], overlap: float = 1.0) -> list[int]:
-    """The series in which a unit root is not refused, by the sums of their steps.
-
-    Args:
-        sums: number of steps, and sums of levels, differences, squared levels, products and squared differences.
-        overlap: how many windows hold the same step.
-    """
-    number, level, change, level_2, product, change_2 = sums
-    level_2, change_2 = level_2 - level**2 / number, change_2 - change**2 / number
-    slope = (product - level * change / number) / level_2
-    residual = (change_2 - slope**2 * level_2).clamp_min(0) / (number - 2)
-    t = slope / (residual / level_2).sqrt() / overlap**0.5
-    moves = (level_2 > 1e-12 * number) & (change_2 > 0)
-    found = moves & ((t > -2.86) | (slope > -0.005))
-    return [at for at, walks in enumerate(found.tolist()) if walks]
 
 
 class Choice(NamedTuple):

@@ -23,7 +23,7 @@ FUNCTIONS: dict[Callable[..., Any], inspect.Signature] = {
 }  # fmt: skip
 
 
-class NoLossHeardError(ValueError):
+class NoLossError(ValueError):
     """A training step called no loss function, as one that passes over its batch."""
 
 
@@ -67,11 +67,11 @@ class HearLosses(TorchFunctionMode):
             loss: what the training step returned; None if that is not known, which only one heard loss allows.
 
         Raises:
-            NoLossHeardError: no loss function was heard.
+            NoLossError: no loss function was heard.
             ValueError: none, nor all together, made the loss.
         """
         if not self.heard:
-            raise NoLossHeardError(
+            raise NoLossError(
                 "Expected a training step that calls a loss function of `torch.nn.functional` or of `torch.nn`, heard "
                 "none: the loss of each item is not known. Choose a score that does not need it."
             )

@@ -18,7 +18,7 @@ class PayloadError(ValueError):
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with a digest of all its keys, values, tensors and their shapes. No secret: it tells damage, not intent.
+    """A state with a digest of all its keys, values, tensors and their shapes. It detects damage, not forgery.
 
     Args:
         state: plain data and tensors, nested at will; parts that are sealed already count by their seals.
@@ -90,6 +90,7 @@ def _feed(digest: Any, value: Any) -> None:
             _feed(digest, entry)
     elif isinstance(value, float):
         digest.update(b"float" + struct.pack("<d", value))
-    else:
-        text = f"{type(value).__name__} {value!r}".encode()
+    else:  # of an unknown type what it prints may differ from one process to another
+        plain = value is None or isinstance(value, bool | int | str | bytes | complex)
+        text = f"{type(value).__name__} {value!r}".encode() if plain else type(value).__name__.encode()
         digest.update(f"{len(text)} ".encode() + text)

@@ -422,12 +422,11 @@ class Pruner:
         """What rank 0 comes to, if no rank fails."""
         return self.agree(together(self.gather, work))
 
-    @property
-    def ready(self) -> bool:
-        """Whether all that is wanted was recorded on some rank, or can no more be; all ranks must ask."""
+    def is_ready(self) -> bool:
+        """Whether all that is wanted was recorded on some rank, or cannot be any more; all ranks must ask."""
         diverged = any(self.recorder.diverged(group.name) for group in self.groups)
-        told = self.gather((self.recorder.lacking, diverged))
-        return any(stuck for _, stuck in told) or not set.intersection(*(lacking for lacking, _ in told))
+        ranks = self.gather((self.recorder.lacking, diverged))
+        return any(stuck for _, stuck in ranks) or not set.intersection(*(lacking for lacking, _ in ranks))
 
     def check_states(self, optimizers: Iterable[Optimizer]) -> None:
         """Says before the first cut if an optimizer, in which a step was taken, has a state that cannot be cut.

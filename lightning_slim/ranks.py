@@ -38,9 +38,9 @@ def together(gather: Gather, work: Callable[[], T]) -> T:
         done.append(work())
     except Exception as raised:
         error = raised
-    told = gather("" if error is None else f"{type(error).__name__}: {error}")
+    errors = gather("" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    if failed := {rank: text for rank, text in enumerate(told) if text}:
+    if failed := {rank: text for rank, text in enumerate(errors) if text}:
         raise RuntimeError(f"Expected all ranks to go on, got {'; '.join(f'rank {r}: {t}' for r, t in failed.items())}")
     return done[0]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_slim import InputScreening
-from lightning_slim.input_evidence import InputEvidence, choose, dickey_fuller
+from lightning_slim.input_evidence import InputEvidence, choose
+from lightning_slim.statistics.random_walks import unit_roots
 from tests.callbacks.runs import trainer
 from tests.callbacks.screened import Fit, Recurrent
 
@@ -95,5 +96,5 @@ def test_the_statistic_is_that_of_dickey_and_fuller() -> None:
     assert evidence.steps is not None
     limit = float((t / -2.86) ** 2)  # the overlap at which it stands at the critical value
     assert limit > 1
-    assert dickey_fuller(evidence.steps, limit * 0.999) == []
-    assert dickey_fuller(evidence.steps, limit * 1.001) == [0]
+    assert unit_roots(evidence.steps, limit * 0.999).tolist() == [False]
+    assert unit_roots(evidence.steps, limit * 1.001).tolist() == [True]

@@ -26,7 +26,7 @@ class AccuracyGuard:
         self.search = AccuracySearch(budget)
         self.snapshot: dict[str, Any] | None = None  # of the last good state, while a step is under trial
         self.metrics: dict[str, float] = {}  # of the state that a run was rolled back to, until there are new ones
-        self._logged: dict[str, float] = {}  # when the metric was heard last
+        self._logged: dict[str, float] = {}  # all metrics, when this one was read last
         self._before: dict[str, float] = {}  # of the state before the step under trial
         self._validated = False  # whether there was a validation in this epoch
         self._source: Literal["validation", "training"] | None = None  # of the metric; Lightning keeps old values

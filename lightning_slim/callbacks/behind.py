@@ -11,8 +11,7 @@ from torch import nn
 class BehindModule:
     """Lightning calls a hook of its callbacks, then that of the module, then that of what monitors and saves.
 
-    A callback that must hear what the module logs in its own hook, before a checkpoint is saved, asks to be called in
-    between.
+    A callback that needs what the module logs in its own hook, before a checkpoint is saved, is called in between.
 
     Args:
         hook: name of the hook.

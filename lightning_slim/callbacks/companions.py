@@ -94,9 +94,9 @@ def gathered(strategy: Any, value: Any) -> list[Any]:
     """What every rank says, in order; all must ask."""
     if not is_ddp(strategy):
         return [value]
-    told: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(told, value)
-    return told
+    answers: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(answers, value)
+    return answers
 
 
 def decided(strategy: Any, work: Callable[[], Any]) -> Any:
@@ -107,7 +107,7 @@ def decided(strategy: Any, work: Callable[[], Any]) -> Any:
 def agree_on_shapes(strategy: Any, module: nn.Module) -> None:
     """Raises a RuntimeError, on all ranks, if some have other shapes than others."""
     shapes = [tuple(tensor.shape) for tensor in module.state_dict().values() if isinstance(tensor, torch.Tensor)]
-    if any(told != shapes for told in gathered(strategy, shapes)):
+    if any(others != shapes for others in gathered(strategy, shapes)):
         raise RuntimeError("Expected the same shapes on every rank after a cut, got others on some.")
 
 

@@ -95,8 +95,7 @@ class Gathering:
         looked = self._looks and not pruner.history.events
         calls, self._calls = self._calls, {}
         shapes = [shape for call in calls.values() for shape in shapes_of(call)]
-        if shapes and all(0 in shape for shape in shapes):  # a batch of nothing shows nothing; a target may be empty
-            return False
+        empty = bool(shapes) and all(0 in shape for shape in shapes)  # it shows nothing; a target alone may be empty
         module = trainer.lightning_module
         if looked and not (calls or self._seen or pruner.networks):
             self.refused = ValueError(
@@ -104,11 +103,15 @@ class Gathering:
                 "what is computed of parameters alone, or by scripted modules, cannot be watched. Call the network, "
                 "as in `self.net(x)`."
             )
-        if looked and any(pruner.gather(bool(calls.keys() - pruner.networks) or self._arrivals.any)):
+        new = bool(calls.keys() - pruner.networks) or self._arrivals.any
+        ranks = pruner.gather((new, empty)) if looked else []
+        if any(new for new, _ in ranks) and not any(empty for _, empty in ranks):
             # The first batch, or one that goes a way that none went before.
             self._seen = together(pruner.gather, lambda: self._look(module, calls, batch))
             return self._prepare(pruner, self._seen)
-        if pruner.prepared and not pruner.calls:  # a resumed run: the groups are in the checkpoint, examples are not
+        if (
+            pruner.prepared and not pruner.calls and not empty
+        ):  # a resumed run: the groups are in the checkpoint, examples are not
             pruner.meet(looked_at(module, calls, batch, self._batch_idx))
             self._arrivals.wait(pruner)
         return False

@@ -411,7 +411,7 @@ class Prune(SlimCallback):
                 raise self._gathering.refused
             return
         waits = self._recovers(trainer) and (self.pruner.schedule(progress) < 1 or self._has_time(trainer))
-        if self.pruner.asks(progress) and (waits or not self.pruner.ready):
+        if self.pruner.asks(progress) and (waits or not self.pruner.is_ready()):
             return  # it will be, in a few batches
         self._cut(trainer, pl_module, progress)
         self._point = point
@@ -458,7 +458,7 @@ class Prune(SlimCallback):
         self.pruner.schedule = self._clock.follow(self.schedule, trainer)
         begun = epoch + 1e-9 >= float(self.pruner.schedule.start) * run
         may = begun and guard.free(run - epoch) and self.pruner.prepared and not self._recovers(trainer)
-        if may and self.pruner.ready:
+        if may and self.pruner.is_ready():
             with all_or_nothing(*all_that_changes(trainer, pl_module)):
                 before = {**take_snapshot(trainer, pl_module, self), "pruner": copy.deepcopy(self.pruner.state_dict())}
                 event = self._cut(trainer, pl_module, epoch / run, guard.search.target)

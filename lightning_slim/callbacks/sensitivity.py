@@ -19,6 +19,7 @@ from lightning_slim.callbacks.prune import Prune
 from lightning_slim.callbacks.trials import Trials, set_up_already, set_up_once
 from lightning_slim.candidates import Granularity
 from lightning_slim.monitor import Metrics
+from lightning_slim.payload import opened, sealed
 from lightning_slim.pruner import NoEffectWarning, Pruner
 from lightning_slim.schedules import OneShot
 from lightning_slim.scores import Magnitude, Score
@@ -133,10 +134,10 @@ class Sensitivity(Look):
 
     def state_dict(self) -> dict[str, Any]:
         pruner = self._pruner.state_dict() if self._pruner is not None else {}
-        return {"gathering": self._gathering.state_dict(), "pruner": pruner}
+        return sealed({"gathering": self._gathering.state_dict(), "pruner": pruner})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        self._restored = opened(state_dict, type(self).__name__)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.val_dataloaders:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_slim.callbacks.batches import item_of
 from lightning_slim.callbacks.replay import replay
 from lightning_slim.capture import capture_outputs
-from lightning_slim.losses import HearLosses, NoLossHeardError
+from lightning_slim.losses import HearLosses, NoLossError
 from lightning_slim.recording import Recorder
 
 
@@ -38,7 +38,7 @@ class StepWatch:
         if recorder.experiments:
             try:
                 recorder.experiment(lambda: replay(trainer, pl_module, batch, batch_idx))
-            except NoLossHeardError as error:
+            except NoLossError as error:
                 self._pass_over(error)
                 return
         self._recorder = recorder
@@ -71,13 +71,13 @@ class StepWatch:
             heard, self._heard = self._heard, None
             try:
                 known["losses"] = heard.of_items(whole)
-            except NoLossHeardError as error:
+            except NoLossError as error:
                 self._pass_over(error)
                 return
         self._silent = 0
         recorder.hear(**known)
 
-    def _pass_over(self, error: NoLossHeardError) -> None:
+    def _pass_over(self, error: NoLossError) -> None:
         """A step tells nothing. Several in a row are no accident."""
         self._silent += 1
         if self._silent > 2:

@@ -188,8 +188,6 @@ class WeightPrune(SlimCallback):
             self._clock = replace(self._clock, origin=self._tuning.begins)
         if self.when != "start":
             self.masker.schedule = self._clock.follow(self.schedule, trainer)
-        if not self._finding and batch_idx == 0:
-            self._look_for_more()
         if not self._finding and self._goes_on:
             self._update_if_due(trainer, batch_idx)
             due = self._batches % self.record_every_n_steps == 0
@@ -205,9 +203,10 @@ class WeightPrune(SlimCallback):
 
     def _update_if_due(self, trainer: Trainer, batch_idx: int) -> None:
         point = self._clock.due(self.masker.schedule, trainer, batch_idx, self._point)
+        # Weights that train by now, such as unfrozen ones, are masked from the end of this batch on.
+        self._growing = (point is not None or batch_idx == 0) and self.when != "start" and self.masker.outgrown
         if point is None:
             return
-        self._look_for_more()
         progress = self._clock.progress(trainer, point)
         if self.masker.schedule(progress) > 0 and not self.masker.agree(self.masker.ready):
             self._waited += 1
@@ -216,10 +215,6 @@ class WeightPrune(SlimCallback):
         self._waited = 0
         self._update(trainer, progress)
         self._point = point
-
-    def _look_for_more(self) -> None:
-        """Weights that train by now, such as unfrozen ones, are masked from the end of this batch on."""
-        self._growing = self.when != "start" and self.masker.outgrown
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._finding or self._growing:  # each of several losses has its own last layers
@@ -237,9 +232,9 @@ class WeightPrune(SlimCallback):
             self._stop_recording()
             self._hear(batch)
         if (self._finding or self._growing) and self.masker.prepared:
-            if self._finding and self.masker.unmasked:
-                names = ", ".join(f"{name} ({entries:,})" for name, entries in self.masker.unmasked.items())
-                rank_zero_info(f"slim: not masked, and not counted, are weights of other kinds of layers: {names}")
+            if self._finding and (unmasked := self.masker.unmasked):
+                names = ", ".join(f"{name} ({entries:,})" for name, entries in unmasked.items())
+                rank_zero_info(f"slim: these weights are not masked and do not count in the sparsity: {names}")
             self._finding = self._growing = False
             self.masker.attach(trainer.optimizers)
         if self._copies_behind:

@@ -146,8 +146,8 @@ def resize_to(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
         shapes: tensor name -> shape; tensors that are not named, or have that shape, stay.
 
     Raises:
-        ValueError: a shape has other axes than its tensor, or none of a layer's tensors fit one another; nothing has
-            changed.
+        ValueError: a shape has other axes than its tensor, or the tensors of a layer do not fit one another; nothing
+            has changed.
     """
     tensors = named_tensors(model)
     _check_shapes(model, tensors, shapes)
@@ -170,7 +170,7 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], shapes: Mappi
             )
     for path in dict.fromkeys(name.rpartition(".")[0] for name in new):
         layer = model.get_submodule(path)
-        own = {name: named for name in (*layer._parameters, *layer._buffers) if (named := f"{path}.{name}".lstrip("."))}
+        own = {name: f"{path}.{name}".lstrip(".") for name in (*layer._parameters, *layer._buffers)}
         wide = {name: new.get(named, tuple(tensors[named].shape)) for name, named in own.items() if named in tensors}
         if wrong := _disagree(layer, wide):
             raise ValueError(f"Expected shapes that fit one another, got {wrong} of {path}: {wide}.")
@@ -179,11 +179,12 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], shapes: Mappi
 def _disagree(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Names of tensors of a layer whose shapes cannot be together; empty if all is well, or not known."""
     if isinstance(layer, nn.Linear | _ConvNd) and "weight" in shapes:
-        transposed = isinstance(layer, _ConvNd) and layer.transposed
-        if isinstance(layer, _ConvNd) and transposed and layer.groups > 1:
-            return ""  # the number of groups follows
+        transposed, taps = False, tuple[int, ...]()
+        if isinstance(layer, _ConvNd):
+            transposed, taps = layer.transposed, tuple(layer.kernel_size)
+            if transposed and layer.groups > 1:
+                return ""  # the number of groups follows
         made = shapes["weight"][1 if transposed else 0]
-        taps = tuple(layer.kernel_size) if isinstance(layer, _ConvNd) else ()
         if shapes["weight"][2:] != taps or shapes.get("bias", (made,)) != (made,):
             return "weight and bias"
     of_channels = {shape for shape in shapes.values() if shape}  # not the counter of batches

@@ -25,9 +25,8 @@ def migrate(
 
     No optimizer is told apart by name: a state tensor of its parameter's shape is cut as the parameter is; one whose
     axes are either full or 1 (Adafactor's factored moments) is cut along its full axes; a flat one of as many entries
-    (Prodigy's) as its parameter; scalars stay. `param_groups`
-    are edited in place, so learning-rate schedulers, clipping and gradient scalers go on. LBFGS keeps its history as
-    flat vectors: it is reset, with a warning.
+    (Prodigy's) as its parameter; scalars stay. `param_groups` are edited in place, so learning-rate schedulers,
+    clipping and gradient scalers go on. LBFGS keeps its history as flat vectors: it is reset, with a warning.
 
     All new states are made before the first is put in place, so that a failure leaves every optimizer as it was.
 
@@ -103,7 +102,7 @@ def _follow(value: Any, cut: Cut) -> Any:
     if value.numel() == 1:
         return value
     if value.ndim == 1 and value.numel() == cut.old.numel():
-        return cut.take(value.view(cut.old.shape)).flatten()
+        return cut.take(value.reshape(cut.old.shape)).flatten()
     full = [have == want for have, want in zip(value.shape, cut.old.shape, strict=False)]
     if value.ndim == cut.old.ndim and all(f or n == 1 for f, n in zip(full, value.shape, strict=True)):
         return cut.take(value, [axis for axis in cut.keep if full[axis]])

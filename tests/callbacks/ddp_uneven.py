@@ -51,6 +51,9 @@ class Uneven(pl.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         (x, y), first = batch, self.global_rank == 0
+        if "empty" in self.kind and not first and batch_idx in (0, 3):
+            x, y = x[:0], y[:0]
+            return self.out(self.net["c"](self.net["b"](self.net["a"](x)))).sum() * 0 + self.other(x).sum() * 0
         skips = {"late": self.global_step > 0, "early": self.global_step < 14, "never": True, "last": True}
         h = F.relu(self.net["a"](x * float("nan") if "nan" in self.kind and not first else x))
         if first or not any(skip for name, skip in skips.items() if name in self.kind):

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning_slim import AccuracyBudget, GrangerPrune, Linear, Units, WeightPrune
 from tests.callbacks.runs import Lit, loader, trainer
+from tests.interrupts import differences
 from tests.networks import images
 
 EPOCHS, STEPS = 10, 8
@@ -101,16 +102,6 @@ def forked(folder: Path, lasts: float | None = None) -> float:
     return time.monotonic() - begun
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b) or (a != a and b != b)
-
-
 if __name__ == "__main__":
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
     draw = random.Random(0)
@@ -127,6 +118,6 @@ if __name__ == "__main__":
         end = torch.load(folder / "end.pt", weights_only=True)
         # A run that was killed behind its last checkpoint has nothing left to train, and Lightning logs nothing.
         parts = wanted.keys() - ({"metrics"} if not end["metrics"] else ())
-        differ += [f"{folder.name}: {part}" for part in parts if not equal(wanted[part], end[part])]
+        differ += [f"{folder.name}: {part}" for part in parts if differences(wanted[part], end[part])]
     report = {"killed": killed, "runs": runs, "differ": differ, "trials": wanted["trials"]}
     (root / "report.json").write_text(json.dumps(report))
